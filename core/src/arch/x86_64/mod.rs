@@ -1,0 +1,7 @@
+//! x86-64: registers, the loop that runs syscall programs, signal frames, interrupted syscalls.
+
+mod regs;
+mod runner;
+
+pub use regs::{Context, Regs, syscall_result};
+pub use runner::{Runner, runner};

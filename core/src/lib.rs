@@ -1,0 +1,11 @@
+//! A Linux process as data: freeze, capture, manifest, restore, preflight and remote syscalls.
+//!
+//! Nothing here knows how bytes travel between hosts.
+
+pub mod arch;
+pub mod error;
+pub mod manifest;
+pub mod program;
+pub mod sys;
+
+pub use error::{Error, Result};

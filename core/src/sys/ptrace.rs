@@ -1,0 +1,211 @@
+//! ptrace requests on one thread. All must come from the thread that seized it.
+
+use crate::arch::Regs;
+use crate::error::{Error, Result};
+use libc::{c_long, c_uint, c_void, pid_t};
+use nix::errno::Errno;
+
+const NT_X86_XSTATE: usize = 0x202;
+const PTRACE_GETSIGMASK: c_uint = 0x420a;
+const PTRACE_SETSIGMASK: c_uint = 0x420b;
+const PTRACE_PEEKSIGINFO: c_uint = 0x4209;
+const PTRACE_PEEKSIGINFO_SHARED: u32 = 1;
+const PTRACE_GET_RSEQ_CONFIGURATION: c_uint = 0x420f;
+/// Size of a raw `siginfo_t`.
+pub const SIGINFO_LEN: usize = 128;
+/// The largest XSAVE area known (AMX tiles included) is below this.
+const XSTATE_LEN_MAX: usize = 64 * 1024;
+
+fn request(req: c_uint, tid: pid_t, addr: usize, data: *mut c_void) -> nix::Result<c_long> {
+    // SAFETY: callers pass either an integer as `data` or a pointer to a live buffer of the size the
+    // request writes; ptrace touches no other memory of ours.
+    let ret = unsafe { libc::ptrace(req, tid, addr, data) };
+    Errno::result(ret)
+}
+
+fn fail(tid: pid_t, what: &str, errno: Errno) -> Error {
+    if errno == Errno::ESRCH {
+        Error::Gone { pid: tid }
+    } else {
+        Error::sys(format!("ptrace {what} of thread {tid}"), errno)
+    }
+}
+
+/// Becomes the tracer of a thread without stopping it.
+pub fn seize(tid: pid_t) -> Result<()> {
+    request(libc::PTRACE_SEIZE, tid, 0, std::ptr::null_mut())
+        .map(drop)
+        .map_err(|e| fail(tid, "seize", e))
+}
+
+/// Asks a seized thread to stop; [`wait_stop`] reports when it has.
+pub fn interrupt(tid: pid_t) -> Result<()> {
+    request(libc::PTRACE_INTERRUPT, tid, 0, std::ptr::null_mut())
+        .map(drop)
+        .map_err(|e| fail(tid, "interrupt", e))
+}
+
+/// Continues a stopped thread, delivering `signal` (0: none).
+pub fn cont(tid: pid_t, signal: i32) -> Result<()> {
+    request(libc::PTRACE_CONT, tid, 0, signal as usize as *mut c_void)
+        .map(drop)
+        .map_err(|e| fail(tid, "continue", e))
+}
+
+/// Continues a stopped thread up to the next entry to or exit from a syscall.
+pub fn cont_to_syscall(tid: pid_t) -> Result<()> {
+    request(libc::PTRACE_SYSCALL, tid, 0, std::ptr::null_mut())
+        .map(drop)
+        .map_err(|e| fail(tid, "continue to syscall", e))
+}
+
+/// Lets a stopped thread go, delivering `signal` (0: none).
+pub fn detach(tid: pid_t, signal: i32) -> Result<()> {
+    request(libc::PTRACE_DETACH, tid, 0, signal as usize as *mut c_void)
+        .map(drop)
+        .map_err(|e| fail(tid, "detach", e))
+}
+
+/// Integer registers of a stopped thread.
+pub fn get_regs(tid: pid_t) -> Result<Regs> {
+    let mut regs = Regs::default();
+    request(libc::PTRACE_GETREGS, tid, 0, regs.as_mut_ptr())
+        .map_err(|e| fail(tid, "read registers", e))?;
+    Ok(regs)
+}
+
+/// Sets the integer registers of a stopped thread.
+pub fn set_regs(tid: pid_t, regs: &Regs) -> Result<()> {
+    let mut copy = *regs;
+    request(libc::PTRACE_SETREGS, tid, 0, copy.as_mut_ptr())
+        .map(drop)
+        .map_err(|e| fail(tid, "set registers", e))
+}
+
+/// The XSAVE area of a stopped thread in the standard format.
+pub fn get_xstate(tid: pid_t) -> Result<Vec<u8>> {
+    let mut buf = vec![0u8; XSTATE_LEN_MAX];
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut iov).cast())
+        .map_err(|e| fail(tid, "read XSAVE area", e))?;
+    buf.truncate(iov.iov_len);
+    Ok(buf)
+}
+
+/// Blocked signals of a stopped thread.
+pub fn get_sigmask(tid: pid_t) -> Result<u64> {
+    let mut mask = 0u64;
+    request(PTRACE_GETSIGMASK, tid, 8, (&raw mut mask).cast())
+        .map_err(|e| fail(tid, "read signal mask", e))?;
+    Ok(mask)
+}
+
+/// Sets the blocked signals of a stopped thread.
+pub fn set_sigmask(tid: pid_t, mask: u64) -> Result<()> {
+    let mut mask = mask;
+    request(PTRACE_SETSIGMASK, tid, 8, (&raw mut mask).cast())
+        .map(drop)
+        .map_err(|e| fail(tid, "set signal mask", e))
+}
+
+/// Raw `siginfo_t` of every pending signal, thread-directed or (`shared`) process-directed, in order.
+pub fn pending_signals(tid: pid_t, shared: bool) -> Result<Vec<Vec<u8>>> {
+    #[repr(C)]
+    struct Args {
+        offset: u64,
+        flags: u32,
+        count: i32,
+    }
+    const BATCH: usize = 16;
+    let mut all: Vec<Vec<u8>> = Vec::new();
+    loop {
+        let mut args = Args {
+            offset: all.len() as u64,
+            flags: if shared { PTRACE_PEEKSIGINFO_SHARED } else { 0 },
+            count: BATCH as i32,
+        };
+        let mut buf = [0u8; SIGINFO_LEN * BATCH];
+        // The address argument carries the query, the data argument the buffer.
+        let got = request(
+            PTRACE_PEEKSIGINFO,
+            tid,
+            (&raw mut args) as usize,
+            buf.as_mut_ptr().cast(),
+        )
+        .map_err(|e| fail(tid, "read pending signals", e))? as usize;
+        all.extend(buf.chunks_exact(SIGINFO_LEN).take(got).map(<[u8]>::to_vec));
+        if got < BATCH {
+            return Ok(all);
+        }
+    }
+}
+
+/// The registered rseq area of a thread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RseqConfig {
+    /// Address; 0 when none is registered.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// Signature before abort handlers.
+    pub signature: u32,
+}
+
+/// Reads the rseq registration of a stopped thread.
+pub fn rseq_config(tid: pid_t) -> Result<RseqConfig> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Raw {
+        pointer: u64,
+        size: u32,
+        signature: u32,
+        flags: u32,
+        pad: u32,
+    }
+    const _: () = assert!(size_of::<Raw>() == 24);
+    let mut raw = Raw::default();
+    request(PTRACE_GET_RSEQ_CONFIGURATION, tid, size_of::<Raw>(), (&raw mut raw).cast())
+        .map_err(|e| fail(tid, "read rseq configuration", e))?;
+    Ok(RseqConfig { address: raw.pointer, len: raw.size, signature: raw.signature })
+}
+
+/// Why a thread reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Stopped by [`interrupt`], as a new traced thread, or at a group stop.
+    Event,
+    /// A signal is about to be delivered.
+    Signal(i32),
+    /// At the entry to or exit from a syscall (only without `TRACESYSGOOD`: SIGTRAP).
+    Trap,
+    /// The thread is gone.
+    Gone,
+}
+
+/// Waits until a seized thread reports. Interrupted waits are repeated.
+pub fn wait_stop(tid: pid_t) -> Result<Stop> {
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` outlives the call.
+        let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
+        match Errno::result(got) {
+            Ok(_) => return Ok(decode(status)),
+            Err(Errno::EINTR) => {}
+            Err(Errno::ECHILD) => return Ok(Stop::Gone),
+            Err(e) => return Err(fail(tid, "wait", e)),
+        }
+    }
+}
+
+fn decode(status: i32) -> Stop {
+    const EVENT_STOP: i32 = 128;
+    if !libc::WIFSTOPPED(status) {
+        Stop::Gone
+    } else if status >> 16 == EVENT_STOP {
+        Stop::Event
+    } else if libc::WSTOPSIG(status) == libc::SIGTRAP {
+        Stop::Trap
+    } else {
+        Stop::Signal(libc::WSTOPSIG(status))
+    }
+}
