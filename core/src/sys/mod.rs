@@ -5,4 +5,10 @@
 //! borrowed pointer beyond the call; addresses in *another* process are plain `u64` and never
 //! dereferenced.
 
+pub mod clone;
+pub mod mapped;
+pub mod mem;
+pub mod pagemap;
+pub mod pidfd;
 pub mod ptrace;
+pub mod uffd;

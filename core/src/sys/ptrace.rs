@@ -4,6 +4,7 @@ use crate::arch::Regs;
 use crate::error::{Error, Result};
 use libc::{c_long, c_uint, c_void, pid_t};
 use nix::errno::Errno;
+use std::time::{Duration, Instant};
 
 const NT_X86_XSTATE: usize = 0x202;
 const PTRACE_GETSIGMASK: c_uint = 0x420a;
@@ -38,7 +39,7 @@ pub fn seize(tid: pid_t) -> Result<()> {
         .map_err(|e| fail(tid, "seize", e))
 }
 
-/// Asks a seized thread to stop; [`wait_stop`] reports when it has.
+/// Asks a seized thread to stop; [`wait_stop_until`] reports when it has.
 pub fn interrupt(tid: pid_t) -> Result<()> {
     request(libc::PTRACE_INTERRUPT, tid, 0, std::ptr::null_mut())
         .map(drop)
@@ -182,16 +183,30 @@ pub enum Stop {
     Gone,
 }
 
-/// Waits until a seized thread reports. Interrupted waits are repeated.
-pub fn wait_stop(tid: pid_t) -> Result<Stop> {
+/// Polls of the wait before it starts to sleep between them: stops take microseconds.
+const POLLS_BUSY: u32 = 2000;
+
+/// Waits until a seized thread reports, or `None` at the deadline.
+pub fn wait_stop_until(tid: pid_t, deadline: Instant) -> Result<Option<Stop>> {
+    let mut polls = 0u32;
     loop {
         let mut status = 0;
         // SAFETY: `status` outlives the call.
-        let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
+        let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
         match Errno::result(got) {
-            Ok(_) => return Ok(decode(status)),
+            Ok(0) => {
+                polls += 1;
+                if polls <= POLLS_BUSY {
+                    std::thread::yield_now();
+                } else if Instant::now() >= deadline {
+                    return Ok(None);
+                } else {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+            }
+            Ok(_) => return Ok(Some(decode(status))),
             Err(Errno::EINTR) => {}
-            Err(Errno::ECHILD) => return Ok(Stop::Gone),
+            Err(Errno::ECHILD) => return Ok(Some(Stop::Gone)),
             Err(e) => return Err(fail(tid, "wait", e)),
         }
     }

@@ -116,6 +116,37 @@ impl Context {
     }
 }
 
+/// Points registers at the runner (or any code): `entries` is its first entry, `header` its header.
+/// The thread forgets that it was in a syscall, so that the kernel restarts nothing.
+pub fn set_start(regs: &mut Regs, code: u64, entries: u64, header: u64) {
+    regs.rip = code;
+    regs.rbx = entries;
+    regs.r15 = header;
+    regs.rax = 0;
+    regs.orig_rax = u64::MAX;
+}
+
+/// Sets up one syscall at `insn`, the address of a `syscall` instruction.
+pub fn set_syscall(regs: &mut Regs, insn: u64, nr: i64, args: [u64; 6]) {
+    regs.rip = insn;
+    regs.rax = nr as u64;
+    regs.orig_rax = u64::MAX;
+    [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
+}
+
+/// Raw return value of the syscall a thread has just left.
+pub fn return_value(regs: &Regs) -> u64 {
+    regs.rax
+}
+
+/// The address of the entry that a thread in the runner is at.
+pub fn current_entry(regs: &Regs) -> u64 {
+    regs.rbx
+}
+
+/// The instruction that enters the kernel.
+pub const SYSCALL_INSN: [u8; 2] = [0x0f, 0x05];
+
 /// A raw syscall return value as a result.
 pub fn syscall_result(raw: u64) -> Result<u64, Errno> {
     let signed = raw as i64;

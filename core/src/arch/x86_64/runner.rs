@@ -131,6 +131,12 @@ global_asm!(
     "mov eax, 231",
     "syscall",
     "ud2",
+    // Where the threads of a parked process are: whatever wakes them, they only pause.
+    ".globl slipstream_pause",
+    "slipstream_pause:",
+    "mov eax, 34",
+    "syscall",
+    "jmp slipstream_pause",
     ".globl slipstream_runner_end",
     "slipstream_runner_end:",
     ".popsection",
@@ -138,6 +144,7 @@ global_asm!(
 
 unsafe extern "C" {
     static slipstream_runner_start: u8;
+    static slipstream_pause: u8;
     static slipstream_runner_end: u8;
 }
 
@@ -146,6 +153,8 @@ unsafe extern "C" {
 pub struct Runner {
     /// The code, to be copied to any executable address; its first byte is the entry.
     pub code: &'static [u8],
+    /// Offset in the code of the loop that only pauses, for parked threads.
+    pub pause_offset: u64,
 }
 
 /// The loop. Entered at its first byte with rbx = address of the first entry, r15 = header address.
@@ -155,5 +164,6 @@ pub fn runner() -> Runner {
     // SAFETY: both symbols delimit one piece of the text section, defined above, readable for the
     // whole life of the program.
     let code = unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) };
-    Runner { code }
+    let pause = &raw const slipstream_pause;
+    Runner { code, pause_offset: pause as u64 - start as u64 }
 }

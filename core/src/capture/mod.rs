@@ -1,0 +1,4 @@
+//! Capture: from a frozen process to a manifest.
+
+pub mod frozen_memory;
+pub mod pages;

@@ -1,0 +1,235 @@
+//! Stopping all threads of a process so that nobody can tell, and letting them go again.
+//!
+//! A frozen process is only ptrace-stopped: no SIGSTOP, nothing its parent or its handlers could see.
+//! If the tracer dies, the kernel lets every thread go on by itself.
+
+use crate::arch::{self, Regs};
+use crate::error::{Error, Result};
+use crate::sys::ptrace::{self, Stop};
+use libc::pid_t;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// One stopped thread, with what is needed to let it go as if nothing had happened.
+#[derive(Clone, Copy, Debug)]
+pub struct FrozenThread {
+    /// Number as this host sees it.
+    pub tid: pid_t,
+    /// Integer registers at the stop.
+    pub regs: Regs,
+    /// Blocked signals at the stop.
+    pub sigmask: u64,
+}
+
+/// A frozen process. Dropping it lets the process go on, unless [`Frozen::park`] was called.
+#[derive(Debug)]
+pub struct Frozen {
+    pid: pid_t,
+    threads: Vec<FrozenThread>,
+    held: bool,
+}
+
+/// Rounds of listing threads before giving up on a process that makes them faster than they stop.
+const ROUNDS_MAX: usize = 100;
+
+impl Frozen {
+    /// Stops all threads of `pid`. On failure those already stopped go on.
+    pub fn freeze(pid: pid_t, timeout: Duration) -> Result<Self> {
+        let deadline = Instant::now() + timeout;
+        let mut frozen = Self { pid, threads: Vec::new(), held: true };
+        for _ in 0..ROUNDS_MAX {
+            let fresh = frozen.seize_new()?;
+            if fresh.is_empty() {
+                if frozen.threads.is_empty() {
+                    return Err(Error::Gone { pid });
+                }
+                frozen.threads.sort_by_key(|t| (t.tid != pid, t.tid));
+                return Ok(frozen);
+            }
+            for tid in fresh {
+                if let Some(thread) = stop(pid, tid, deadline)? {
+                    frozen.threads.push(thread);
+                }
+            }
+        }
+        Err(Error::Refused(format!(
+            "process {pid} starts threads faster than they can be stopped; try again"
+        )))
+    }
+
+    /// Stops one thread only: for short work that the whole process may go on during.
+    pub fn freeze_one(pid: pid_t, timeout: Duration) -> Result<Self> {
+        let deadline = Instant::now() + timeout;
+        let mut frozen = Self { pid, threads: Vec::new(), held: true };
+        for tid in list_threads(pid)? {
+            match ptrace::seize(tid).and_then(|()| ptrace::interrupt(tid)) {
+                Ok(()) => {}
+                Err(Error::Gone { .. }) => continue,
+                // The leader may be a zombie whose threads live on.
+                Err(Error::Sys { errno: nix::errno::Errno::EPERM, .. }) if tid == pid => continue,
+                Err(e) => return Err(e),
+            }
+            if let Some(thread) = stop(pid, tid, deadline)? {
+                frozen.threads.push(thread);
+                return Ok(frozen);
+            }
+        }
+        Err(Error::Gone { pid })
+    }
+
+    fn seize_new(&self) -> Result<Vec<pid_t>> {
+        let mut fresh = Vec::new();
+        for tid in list_threads(self.pid)? {
+            if self.threads.iter().any(|t| t.tid == tid) {
+                continue;
+            }
+            match ptrace::seize(tid).and_then(|()| ptrace::interrupt(tid)) {
+                Ok(()) => fresh.push(tid),
+                Err(Error::Gone { .. }) => {}
+                Err(e) => {
+                    // Those seized in this round are let go by hand: they are in no list yet.
+                    for tid in fresh {
+                        if let Ok(Some(_)) = stop(self.pid, tid, Instant::now() + LET_GO) {
+                            let _ = ptrace::detach(tid, 0);
+                        }
+                    }
+                    return Err(e);
+                }
+            }
+        }
+        Ok(fresh)
+    }
+
+    /// Number of the process.
+    pub fn pid(&self) -> pid_t {
+        self.pid
+    }
+
+    /// The stopped threads, the leader first.
+    pub fn threads(&self) -> &[FrozenThread] {
+        &self.threads
+    }
+
+    /// Lets the process go on exactly where it was.
+    pub fn thaw(mut self) -> Result<()> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.held = false;
+        let mut first = Ok(());
+        for t in &self.threads {
+            let done = ptrace::set_regs(t.tid, &t.regs)
+                .and_then(|()| ptrace::set_sigmask(t.tid, t.sigmask))
+                .and_then(|()| ptrace::detach(t.tid, 0));
+            match done {
+                Ok(()) | Err(Error::Gone { .. }) => {}
+                Err(e) => first = first.and(Err(e)),
+            }
+        }
+        first
+    }
+
+    /// Gives every thread registers that can only pause, with all signals blocked. The threads stay
+    /// traced; [`Frozen::abandon`] lets go of them.
+    pub fn park(&mut self, pause_loop: u64) -> Result<()> {
+        for t in &self.threads {
+            let mut regs = t.regs;
+            arch::set_start(&mut regs, pause_loop, 0, 0);
+            ptrace::set_sigmask(t.tid, u64::MAX)?;
+            ptrace::set_regs(t.tid, &regs)?;
+        }
+        self.held = false;
+        Ok(())
+    }
+
+    /// Undoes [`Frozen::park`] while the threads are still traced.
+    pub fn unpark(&mut self) {
+        self.held = true;
+    }
+
+    /// Ends tracing without restoring anything: a parked process stays as it is.
+    pub fn abandon(mut self) {
+        self.held = false;
+        for t in &self.threads {
+            let _ = ptrace::detach(t.tid, 0);
+        }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        if self.held {
+            let _ = self.release();
+        }
+    }
+}
+
+/// How long a failed freeze waits for a thread it already interrupted.
+const LET_GO: Duration = Duration::from_millis(500);
+
+/// Thread numbers of a process, ascending.
+pub fn list_threads(pid: pid_t) -> Result<Vec<pid_t>> {
+    let path = format!("/proc/{pid}/task");
+    let dir = match std::fs::read_dir(&path) {
+        Ok(dir) => dir,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::Gone { pid }),
+        Err(e) => return Err(Error::io(format!("list {path}"), e)),
+    };
+    let mut tids = Vec::new();
+    for entry in dir {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(Error::Gone { pid }),
+            Err(e) => return Err(Error::io(format!("list {path}"), e)),
+        };
+        if let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) {
+            tids.push(tid);
+        }
+    }
+    tids.sort_unstable();
+    Ok(tids)
+}
+
+/// Waits for the stop of a thread that was seized and interrupted; `None` when it is gone.
+fn stop(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Option<FrozenThread>> {
+    loop {
+        match ptrace::wait_stop_until(tid, deadline)? {
+            None => {
+                return Err(Error::Refused(format!(
+                    "thread {tid} of process {pid} does not stop (it waits uninterruptibly in the kernel, \
+                     as on a dead network file system); try again when it has come back"
+                )));
+            }
+            Some(Stop::Gone) => return Ok(None),
+            // A signal was on its way first: let it be delivered, the stop follows.
+            Some(Stop::Signal(signal)) => ptrace::cont(tid, signal)?,
+            Some(Stop::Trap) => ptrace::cont(tid, libc::SIGTRAP)?,
+            Some(Stop::Event) => break,
+        }
+    }
+    let regs = match ptrace::get_regs(tid) {
+        Ok(regs) => regs,
+        Err(Error::Gone { .. }) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    Ok(Some(FrozenThread { tid, regs, sigmask: ptrace::get_sigmask(tid)? }))
+}
+
+/// Thread numbers in the innermost PID namespace, by number on this host. Threads that end meanwhile
+/// are left out.
+pub fn inner_tids(pid: pid_t, tids: &[pid_t]) -> Result<BTreeMap<pid_t, pid_t>> {
+    let mut map = BTreeMap::new();
+    for &tid in tids {
+        let path = format!("/proc/{pid}/task/{tid}/status");
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let inner = text
+            .lines()
+            .find_map(|l| l.strip_prefix("NSpid:"))
+            .and_then(|l| l.split_whitespace().next_back())
+            .and_then(|n| n.parse().ok())
+            .ok_or_else(|| Error::parse("NSpid of a thread", &text))?;
+        map.insert(tid, inner);
+    }
+    Ok(map)
+}

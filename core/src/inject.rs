@@ -1,0 +1,282 @@
+//! Remote syscalls on the source: a scratch mapping in the process, and short tables run by its threads.
+//!
+//! A table ends by loading the registers the thread was stopped with, so a thread whose tracer dies in
+//! the middle runs its table to the end and goes on. While the tracer lives, the entry before that
+//! sends the thread a signal that nobody handles; traced, the thread stops there (a signal-delivery
+//! stop), and the tracer puts the registers back itself, exactly. Untraced, the signal is ignored.
+//!
+//! The one syscall that maps the scratch memory can't have that property; it goes by
+//! `PTRACE_SYSCALL`, never by single-stepping (a single-stepped thread dies with its tracer).
+
+use crate::arch::{self, Context, Regs};
+use crate::error::{Error, Result};
+use crate::freeze::{Frozen, FrozenThread};
+use crate::program::{Op, Program};
+use crate::sys::mem::ProcMem;
+use crate::sys::ptrace::{self, Stop};
+use libc::pid_t;
+use nix::errno::Errno;
+use std::time::{Duration, Instant};
+
+/// Bytes of table and data for an ordinary thread, and for the leader, which also runs the
+/// process-wide part.
+const SLOT_LEN: u64 = 4096;
+const LEADER_SLOT_LEN: u64 = 128 * 1024;
+/// Code at the start of the scratch mapping; the runner is far smaller.
+const CODE_LEN: u64 = 4096;
+/// Threads that may start between mapping the scratch memory and the freeze.
+const SPARE_THREADS: u64 = 64;
+const PAGE: u64 = 4096;
+/// A table of non-blocking syscalls takes microseconds; this bounds a stuck one.
+const RUN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Memory of ours inside the source process: code and room for tables.
+#[derive(Debug)]
+pub struct SourceScratch {
+    pid: pid_t,
+    base: u64,
+    len: u64,
+    mem: ProcMem,
+}
+
+/// A table that has run on a thread.
+#[derive(Debug)]
+pub struct Ran {
+    /// Number of the thread on this host.
+    pub tid: pid_t,
+    /// The program as it was built.
+    pub program: Program,
+    /// Its entries, with results.
+    pub entries: Vec<u8>,
+    /// Its data, with what syscalls stored there.
+    pub data: Vec<u8>,
+}
+
+impl SourceScratch {
+    /// Maps scratch memory into the process, which goes on meanwhile but for one thread that is
+    /// stopped for some hundred microseconds.
+    pub fn map(pid: pid_t, timeout: Duration) -> Result<Self> {
+        let threads = crate::freeze::list_threads(pid)?.len() as u64 + SPARE_THREADS;
+        let len = (CODE_LEN + LEADER_SLOT_LEN + threads * SLOT_LEN).next_multiple_of(PAGE);
+        let mem = ProcMem::open(pid)?;
+        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        // Shared, so that the kernel never merges it with a mapping of the program.
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let args = [0, len, prot as u64, flags as u64, u64::MAX, 0];
+        let base = one_remote_syscall(pid, libc::SYS_mmap, args, timeout, &mem)?
+            .map_err(|e| Error::sys(format!("map scratch memory in process {pid}"), e))?;
+        let scratch = Self { pid, base, len, mem };
+        scratch.mem.write(base, arch::runner().code)?;
+        Ok(scratch)
+    }
+
+    /// Removes it again from a process that goes on at the source.
+    pub fn unmap(self, timeout: Duration) -> Result<()> {
+        let args = [self.base, self.len, 0, 0, 0, 0];
+        one_remote_syscall(self.pid, libc::SYS_munmap, args, timeout, &self.mem)?
+            .map(drop)
+            .map_err(|e| Error::sys(format!("unmap scratch memory in process {}", self.pid), e))
+    }
+
+    /// The mapping, which is not part of the program's own memory.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        self.base..self.base + self.len
+    }
+
+    /// Address of the loop for parked threads.
+    pub fn pause_loop(&self) -> u64 {
+        self.base + arch::runner().pause_offset
+    }
+
+    /// Memory of the process.
+    pub fn mem(&self) -> &ProcMem {
+        &self.mem
+    }
+
+    /// Runs one table on every thread at the same time and returns their results. `build` adds the
+    /// entries of a thread (never `must` entries: those end the process when they fail). Afterwards
+    /// the threads are stopped, and [`Frozen`] still holds what thaws them.
+    pub fn run(
+        &self,
+        frozen: &Frozen,
+        build: &mut dyn FnMut(&FrozenThread, &mut Program),
+    ) -> Result<Vec<Ran>> {
+        let signal = trap_signal(frozen)?;
+        let header = self.base + CODE_LEN - 64;
+        let mut slot = self.base + CODE_LEN;
+        let mut jobs = Vec::with_capacity(frozen.threads().len());
+        for (index, thread) in frozen.threads().iter().enumerate() {
+            let slot_len = if index == 0 { LEADER_SLOT_LEN } else { SLOT_LEN };
+            if slot + slot_len > self.base + self.len {
+                return Err(Error::Refused(format!(
+                    "process {} started many threads while it was being frozen; try again",
+                    self.pid
+                )));
+            }
+            let mut program = Program::new(slot, slot + slot_len / 2);
+            build(thread, &mut program);
+            let trap = finish(&mut program, thread, signal);
+            if program.next_address() > slot + slot_len / 2
+                || program.data_end() > slot + slot_len
+            {
+                return Err(Error::Refused("a remote table is too long".into()));
+            }
+            self.mem.write(program.entries_base(), program.entries())?;
+            self.mem.write(program.data_base(), program.data_bytes())?;
+            slot += slot_len;
+            jobs.push((thread, program, trap));
+        }
+        for (thread, program, _) in &jobs {
+            let mut regs = thread.regs;
+            arch::set_start(&mut regs, self.base, program.entries_base(), header);
+            ptrace::set_sigmask(thread.tid, !(1u64 << (signal - 1)))?;
+            ptrace::set_regs(thread.tid, &regs)?;
+            ptrace::cont(thread.tid, 0)?;
+        }
+        let deadline = Instant::now() + RUN_TIMEOUT;
+        jobs.into_iter()
+            .map(|(thread, program, trap)| {
+                wait_trap(thread.tid, signal, trap, deadline)?;
+                let mut entries = vec![0u8; program.entries().len()];
+                self.mem.read(program.entries_base(), &mut entries)?;
+                let mut data = vec![0u8; program.data_bytes().len()];
+                self.mem.read(program.data_base(), &mut data)?;
+                Ok(Ran { tid: thread.tid, program, entries, data })
+            })
+            .collect()
+    }
+}
+
+/// Adds the trap and the way back; returns the address of the trap's entry.
+fn finish(program: &mut Program, thread: &FrozenThread, signal: i32) -> u64 {
+    let pid = program.may("getpid", libc::SYS_getpid, []);
+    let tid = program.may("gettid", libc::SYS_gettid, []);
+    let trap = program.next_address();
+    program.may("stop", libc::SYS_tgkill, [pid.into(), tid.into(), signal.into()]);
+    let mask = program.words(&[thread.sigmask]);
+    program.may(
+        "restore the signal mask",
+        libc::SYS_rt_sigprocmask,
+        [libc::SIG_SETMASK.into(), mask.into(), 0.into(), 8.into()],
+    );
+    let context = program.words(&Context(arch::heal_regs(&thread.regs)).words());
+    program.op(Op::Leave, [context.into()]);
+    trap
+}
+
+/// Waits until the thread stops at its trap. Signals from elsewhere are delivered on the way.
+fn wait_trap(tid: pid_t, signal: i32, trap: u64, deadline: Instant) -> Result<()> {
+    loop {
+        match ptrace::wait_stop_until(tid, deadline)? {
+            None => return Err(Error::sys(format!("remote table on thread {tid}"), Errno::ETIMEDOUT)),
+            Some(Stop::Gone) => return Err(Error::Gone { pid: tid }),
+            Some(Stop::Signal(s))
+                if s == signal && arch::current_entry(&ptrace::get_regs(tid)?) == trap =>
+            {
+                return Ok(());
+            }
+            Some(Stop::Signal(s)) => ptrace::cont(tid, s)?,
+            Some(Stop::Event | Stop::Trap) => ptrace::cont(tid, 0)?,
+        }
+    }
+}
+
+/// A signal whose default is to be ignored: best one that the program neither handles nor has pending.
+fn trap_signal(frozen: &Frozen) -> Result<i32> {
+    const CANDIDATES: [i32; 3] = [libc::SIGWINCH, libc::SIGURG, libc::SIGCHLD];
+    let path = format!("/proc/{}/status", frozen.pid());
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
+    let mask = |name: &str| {
+        text.lines()
+            .find_map(|l| l.strip_prefix(name))
+            .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+            .unwrap_or(0)
+    };
+    let bit = |s: &i32| 1u64 << (s - 1);
+    let caught = mask("SigCgt:");
+    let mut pending = mask("ShdPnd:");
+    for thread in frozen.threads() {
+        for raw in ptrace::pending_signals(thread.tid, false)? {
+            let number = i32::from_le_bytes(raw[..4].try_into().expect("a siginfo"));
+            if (1..=64).contains(&number) {
+                pending |= bit(&number);
+            }
+        }
+    }
+    let free = CANDIDATES.iter().filter(|s| pending & bit(s) == 0);
+    // Go handles every signal; its handlers of these do nothing harmful, and only run if the tracer
+    // dies in just that instant.
+    free.clone()
+        .find(|s| caught & bit(s) == 0)
+        .or_else(|| free.clone().next())
+        .copied()
+        .ok_or_else(|| Error::Refused("SIGWINCH, SIGURG and SIGCHLD are all pending; try again".into()))
+}
+
+/// Stops one thread of a running process, has it execute one syscall, and lets it go on.
+pub fn one_remote_syscall(
+    pid: pid_t,
+    nr: i64,
+    args: [u64; 6],
+    timeout: Duration,
+    mem: &ProcMem,
+) -> Result<std::result::Result<u64, Errno>> {
+    let insn = find_syscall_insn(pid, mem)?;
+    let frozen = Frozen::freeze_one(pid, timeout)?;
+    let thread = frozen.threads()[0];
+    let raw = remote_syscall(&thread, insn, nr, args, Instant::now() + timeout)?;
+    frozen.thaw()?;
+    Ok(arch::syscall_result(raw))
+}
+
+fn remote_syscall(
+    thread: &FrozenThread,
+    insn: u64,
+    nr: i64,
+    args: [u64; 6],
+    deadline: Instant,
+) -> Result<u64> {
+    let mut regs: Regs = thread.regs;
+    arch::set_syscall(&mut regs, insn, nr, args);
+    ptrace::set_sigmask(thread.tid, u64::MAX)?;
+    ptrace::set_regs(thread.tid, &regs)?;
+    for _ in ["entry", "exit"] {
+        loop {
+            ptrace::cont_to_syscall(thread.tid)?;
+            match ptrace::wait_stop_until(thread.tid, deadline)? {
+                Some(Stop::Trap) => break,
+                Some(Stop::Event | Stop::Signal(_)) => {}
+                Some(Stop::Gone) => return Err(Error::Gone { pid: thread.tid }),
+                None => {
+                    let what = format!("remote syscall {nr} on thread {}", thread.tid);
+                    return Err(Error::sys(what, Errno::ETIMEDOUT));
+                }
+            }
+        }
+    }
+    Ok(arch::return_value(&ptrace::get_regs(thread.tid)?))
+}
+
+/// Finds a `syscall` instruction in the vdso, or else in any executable mapping.
+fn find_syscall_insn(pid: pid_t, mem: &ProcMem) -> Result<u64> {
+    let path = format!("/proc/{pid}/maps");
+    let maps = std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
+    let executable = |line: &&str| line.split(' ').nth(1).is_some_and(|p| p.contains('x'));
+    let vdso = maps.lines().filter(|l| l.ends_with("[vdso]"));
+    let others = maps.lines().filter(executable).filter(|l| !l.ends_with(']'));
+    for line in vdso.chain(others) {
+        let range = line.split(' ').next().and_then(|r| r.split_once('-'));
+        let Some((start, end)) = range else { continue };
+        let parse = |hex| u64::from_str_radix(hex, 16).map_err(|_| Error::parse("maps", line));
+        let (mut at, end) = (parse(start)?, parse(end)?);
+        let mut page = [0u8; PAGE as usize];
+        while at < end {
+            mem.read(at, &mut page)?;
+            if let Some(i) = page.windows(2).position(|w| w == arch::SYSCALL_INSN) {
+                return Ok(at + i as u64);
+            }
+            at += PAGE;
+        }
+    }
+    Err(Error::Refused(format!("process {pid} has no syscall instruction in any mapping")))
+}

@@ -1,0 +1,109 @@
+//! Whether a manifest from a peer is well-formed, before anything is built from it.
+
+use crate::arch::Regs;
+use crate::error::{Error, Result};
+use crate::manifest::{Manifest, MappingKind};
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+const PAGE: u64 = 4096;
+const ADDRESS_MAX: u64 = 0x7fff_ffff_f000;
+/// `vm.max_map_count` can be raised; nobody raises it beyond this.
+const MAPPINGS_MAX: usize = 4 << 20;
+const THREADS_MAX: usize = 65536;
+const FILES_MAX: usize = 1 << 20;
+/// Largest process number the kernel knows (`PID_MAX_LIMIT`).
+const PID_MAX: i32 = 4 << 20;
+const XSTATE_LEN_MAX: usize = 64 * 1024;
+const XSTATE_LEN_MIN: usize = 576;
+
+/// Checks everything that restore relies on. `reserved` is the scratch range.
+pub fn check_manifest(m: &Manifest, reserved: &Range<u64>) -> Result<()> {
+    check_mappings(m, reserved)?;
+    check_threads(m)?;
+    check_files(m)?;
+    check_pages(m)
+}
+
+fn bad<T>(what: impl Into<String>) -> Result<T> {
+    Err(Error::Manifest(what.into()))
+}
+
+fn check_mappings(m: &Manifest, reserved: &Range<u64>) -> Result<()> {
+    if m.mappings.len() > MAPPINGS_MAX {
+        return bad("too many mappings");
+    }
+    let mut last = 0;
+    for v in &m.mappings {
+        let Ok(kind) = MappingKind::try_from(v.kind) else {
+            return bad(format!("mapping {:#x} is of unknown kind {}", v.start, v.kind));
+        };
+        let size = u64::from(v.page_size);
+        let sound = v.start >= last && v.start < v.end && v.end <= ADDRESS_MAX;
+        let page_ok = size.is_power_of_two() && (PAGE..=1 << 30).contains(&size);
+        if !sound || !page_ok || v.start % size != 0 || v.end % size != 0 || v.offset % PAGE != 0 {
+            return bad(format!("mapping {:#x}-{:#x} is malformed", v.start, v.end));
+        }
+        if v.start < reserved.end && v.end > reserved.start {
+            return Err(Error::Refused(format!(
+                "the process mapped {:#x}-{:#x} where restore has its scratch memory; try again",
+                v.start, v.end
+            )));
+        }
+        let needs_path = matches!(kind, MappingKind::FilePrivate | MappingKind::FileShared);
+        if needs_path && !v.path.starts_with(b"/") {
+            return bad(format!("mapping {:#x} has no path", v.start));
+        }
+        last = v.end;
+    }
+    Ok(())
+}
+
+fn check_threads(m: &Manifest) -> Result<()> {
+    if m.threads.is_empty() || m.threads.len() > THREADS_MAX {
+        return bad(format!("{} threads", m.threads.len()));
+    }
+    let mut seen = BTreeSet::new();
+    for t in &m.threads {
+        if !(2..PID_MAX).contains(&t.tid) || !seen.insert(t.tid) {
+            return bad(format!("thread number {}", t.tid));
+        }
+        if Regs::from_bytes(&t.regs).is_none() {
+            return bad(format!("registers of thread {}", t.tid));
+        }
+        if !(XSTATE_LEN_MIN..=XSTATE_LEN_MAX).contains(&t.xstate.len()) {
+            return bad(format!("XSAVE area of thread {}", t.tid));
+        }
+        if t.creds.uids.len() != 4 || t.creds.gids.len() != 4 || t.creds.caps.len() != 5 {
+            return bad(format!("credentials of thread {}", t.tid));
+        }
+    }
+    if m.threads[0].tid != m.process.pid {
+        return bad("the first thread is not the leader");
+    }
+    Ok(())
+}
+
+fn check_files(m: &Manifest) -> Result<()> {
+    if m.files.len() > FILES_MAX || m.descriptors.len() > FILES_MAX {
+        return bad("too many descriptors");
+    }
+    let mut seen = BTreeSet::new();
+    for d in &m.descriptors {
+        if d.fd < 0 || d.file as usize >= m.files.len() || !seen.insert(d.fd) {
+            return bad(format!("descriptor {}", d.fd));
+        }
+    }
+    Ok(())
+}
+
+fn check_pages(m: &Manifest) -> Result<()> {
+    for run in &m.pages {
+        let len = run.bytes.len() as u64;
+        let end = run.address.checked_add(len);
+        if run.address % PAGE != 0 || len == 0 || len % PAGE != 0 || end.is_none() {
+            return bad(format!("pages at {:#x}", run.address));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,6 @@
+//! Restore: from a manifest to a running process, by syscall programs run inside it.
+
+pub mod check;
+pub mod memory;
+pub mod newborn;
+pub mod scratch;

@@ -1,0 +1,56 @@
+//! Reading and writing the memory of another process.
+
+use crate::error::{Error, Result};
+use libc::pid_t;
+use nix::errno::Errno;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+
+/// Reads `out.len()` bytes at `address`; short when the range ends in unreadable memory.
+///
+/// `process_vm_readv` is the fastest way but respects page protections; what it refuses
+/// (`PROT_NONE`) [`ProcMem`] still reads.
+pub fn read_process(pid: pid_t, address: u64, out: &mut [u8]) -> nix::Result<usize> {
+    let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+    let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: out.len() };
+    // SAFETY: `local` describes the live buffer `out`; `remote` is an address in the other process.
+    let got = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    Errno::result(got).map(|n| n as usize)
+}
+
+/// `/proc/PID/mem`: reads and writes whatever the page protections say.
+#[derive(Debug)]
+pub struct ProcMem {
+    pid: pid_t,
+    file: File,
+}
+
+impl ProcMem {
+    /// Opens the memory of a process; the handle keeps working while its address space lives.
+    pub fn open(pid: pid_t) -> Result<Self> {
+        let path = format!("/proc/{pid}/mem");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|e| Error::io(format!("open {path}"), e))?;
+        Ok(Self { pid, file })
+    }
+
+    /// Fills `out` from `address`.
+    pub fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(out, address).map_err(|e| {
+            Error::io(format!("read {} bytes at {address:#x} of process {}", out.len(), self.pid), e)
+        })
+    }
+
+    /// Writes `bytes` at `address`, also to read-only private mappings (they are copied first).
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, address).map_err(|e| {
+            Error::io(
+                format!("write {} bytes at {address:#x} of process {}", bytes.len(), self.pid),
+                e,
+            )
+        })
+    }
+}

@@ -1,0 +1,230 @@
+//! Which pages of a process exist, from `/proc/PID/pagemap`.
+//!
+//! `PAGEMAP_SCAN` (Linux 6.7) is used where the kernel has it; reading the file gives the same answer
+//! more slowly.
+
+use crate::error::{Error, Result};
+use libc::pid_t;
+use nix::errno::Errno;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+const PAGE: u64 = 4096;
+const PAGEMAP_SCAN: u64 = 0xc060_6610;
+const IS_FILE: u64 = 1 << 2;
+const IS_PRESENT: u64 = 1 << 3;
+const IS_SWAPPED: u64 = 1 << 4;
+const IS_HUGE: u64 = 1 << 6;
+
+const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_SWAPPED: u64 = 1 << 62;
+const ENTRY_FILE: u64 = 1 << 61;
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+const _: () = assert!(size_of::<ScanArg>() == 96);
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ScanRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// Consecutive pages that exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// First address.
+    pub start: u64,
+    /// Address after the last.
+    pub end: u64,
+    /// True when a huge page maps them.
+    pub huge: bool,
+}
+
+/// Which pages to look for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// All pages that exist, in memory or in swap.
+    Existing,
+    /// Of a private file mapping: pages that were written and so differ from the file.
+    Written,
+}
+
+/// An open pagemap.
+#[derive(Debug)]
+pub struct Pagemap {
+    pid: pid_t,
+    file: File,
+}
+
+impl Pagemap {
+    /// Opens the pagemap of a process.
+    pub fn open(pid: pid_t) -> Result<Self> {
+        let path = format!("/proc/{pid}/pagemap");
+        let file = File::open(&path).map_err(|e| Error::io(format!("open {path}"), e))?;
+        Ok(Self { pid, file })
+    }
+
+    /// Calls `found` for every run of wanted pages in `start..end`, ascending.
+    pub fn scan(
+        &self,
+        start: u64,
+        end: u64,
+        wanted: Wanted,
+        found: &mut dyn FnMut(PageRun),
+    ) -> Result<()> {
+        match self.scan_ioctl(start, end, wanted, found) {
+            Err(Errno::ENOTTY | Errno::EINVAL) => self.scan_read(start, end, wanted, found),
+            other => other.map_err(|e| self.fail(e)),
+        }
+    }
+
+    /// True when the page at `address` exists.
+    pub fn exists(&self, address: u64) -> Result<bool> {
+        let mut raw = [0u8; 8];
+        self.file
+            .read_exact_at(&mut raw, address / PAGE * 8)
+            .map_err(|e| Error::io(format!("read pagemap of process {}", self.pid), e))?;
+        Ok(u64::from_le_bytes(raw) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0)
+    }
+
+    fn fail(&self, errno: Errno) -> Error {
+        Error::sys(format!("scan pagemap of process {}", self.pid), errno)
+    }
+
+    fn scan_ioctl(
+        &self,
+        start: u64,
+        end: u64,
+        wanted: Wanted,
+        found: &mut dyn FnMut(PageRun),
+    ) -> std::result::Result<(), Errno> {
+        let mut regions = [ScanRegion::default(); 256];
+        let written = wanted == Wanted::Written;
+        let mut at = start;
+        while at < end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start: at,
+                end,
+                vec: regions.as_mut_ptr() as u64,
+                vec_len: regions.len() as u64,
+                category_inverted: if written { IS_FILE } else { 0 },
+                category_mask: if written { IS_FILE } else { 0 },
+                category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+                return_mask: if written { IS_PRESENT } else { IS_HUGE },
+                ..ScanArg::default()
+            };
+            // SAFETY: `arg` is the request's structure; `vec` and `vec_len` describe `regions`.
+            let got = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+            let got = Errno::result(got)? as usize;
+            for r in regions.iter().take(got) {
+                found(PageRun { start: r.start, end: r.end, huge: r.categories & IS_HUGE != 0 });
+            }
+            if arg.walk_end <= at {
+                break;
+            }
+            at = arg.walk_end;
+        }
+        Ok(())
+    }
+
+    fn scan_read(
+        &self,
+        start: u64,
+        end: u64,
+        wanted: Wanted,
+        found: &mut dyn FnMut(PageRun),
+    ) -> Result<()> {
+        const BATCH: usize = 8192;
+        let mut raw = vec![0u8; BATCH * 8];
+        let mut run: Option<PageRun> = None;
+        let mut at = start;
+        while at < end {
+            let pages = (((end - at) / PAGE) as usize).min(BATCH);
+            let buf = &mut raw[..pages * 8];
+            self.file
+                .read_exact_at(buf, at / PAGE * 8)
+                .map_err(|e| Error::io(format!("read pagemap of process {}", self.pid), e))?;
+            for entry in buf.chunks_exact(8) {
+                let entry = u64::from_le_bytes(entry.try_into().expect("eight bytes"));
+                let exists = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
+                let hit = exists && (wanted == Wanted::Existing || entry & ENTRY_FILE == 0);
+                match (&mut run, hit) {
+                    (Some(r), true) => r.end = at + PAGE,
+                    (None, true) => {
+                        run = Some(PageRun { start: at, end: at + PAGE, huge: false });
+                    }
+                    (_, false) => {
+                        if let Some(r) = run.take() {
+                            found(r);
+                        }
+                    }
+                }
+                at += PAGE;
+            }
+        }
+        if let Some(r) = run {
+            found(r);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs(map: &Pagemap, at: u64, pages: u64, read: bool) -> Vec<(u64, u64)> {
+        let mut got = Vec::new();
+        let mut push = |r: PageRun| got.push(((r.start - at) / PAGE, (r.end - at) / PAGE));
+        if read {
+            map.scan_read(at, at + pages * PAGE, Wanted::Existing, &mut push).unwrap();
+        } else {
+            map.scan(at, at + pages * PAGE, Wanted::Existing, &mut push).unwrap();
+        }
+        got
+    }
+
+    #[test]
+    fn finds_touched_pages_both_ways() {
+        // SAFETY: a new private mapping; only touched below, inside its bounds.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                16 * PAGE as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        } as *mut u8;
+        for page in [1usize, 2, 7] {
+            // SAFETY: inside the mapping made above.
+            unsafe { base.add(page * PAGE as usize).write(1) };
+        }
+        let map = Pagemap::open(std::process::id() as i32).unwrap();
+        let want = vec![(1, 3), (7, 8)];
+        assert_eq!(runs(&map, base as u64, 16, false), want);
+        assert_eq!(runs(&map, base as u64, 16, true), want);
+        assert!(map.exists(base as u64 + PAGE).unwrap());
+        assert!(!map.exists(base as u64).unwrap());
+    }
+}
