@@ -8,6 +8,8 @@ pub mod error;
 pub mod freeze;
 pub mod inject;
 pub mod manifest;
+pub mod preflight;
+pub mod proc;
 pub mod program;
 pub mod restore;
 pub mod sys;
