@@ -2,6 +2,9 @@
 
 mod regs;
 mod runner;
+pub mod sigframe;
+pub mod syscall_restart;
+pub mod xstate;
 
 pub use regs::{Context, Regs, syscall_result};
 pub use runner::{Runner, runner};
