@@ -2,6 +2,9 @@
 
 mod regs;
 mod runner;
+pub mod sigframe;
+pub mod syscall_restart;
+pub mod xstate;
 
 pub use regs::{
     Context, Regs, SYSCALL_INSN, current_entry, return_value, set_start, set_syscall, syscall_result,
