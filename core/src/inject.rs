@@ -159,7 +159,7 @@ fn finish(program: &mut Program, thread: &FrozenThread, signal: i32) -> u64 {
         libc::SYS_rt_sigprocmask,
         [libc::SIG_SETMASK.into(), mask.into(), 0.into(), 8.into()],
     );
-    let context = program.words(&Context(arch::heal_regs(&thread.regs)).words());
+    let context = program.words(&Context(arch::syscall_restart::heal_regs(&thread.regs)).words());
     program.op(Op::Leave, [context.into()]);
     trap
 }

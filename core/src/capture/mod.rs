@@ -2,4 +2,3 @@
 
 pub mod frozen_memory;
 pub mod pages;
-//! Reading a process into a manifest.

@@ -4,4 +4,3 @@ pub mod check;
 pub mod memory;
 pub mod newborn;
 pub mod scratch;
-//! Making a process from a manifest.

@@ -9,26 +9,26 @@ use crate::program::{Op, Program};
 use crate::restore::scratch::{Gate, MEMFD_OFFSET, Scratch, VDSO_LEN};
 use crate::sys::clone;
 use crate::sys::pidfd::PidFd;
+use crate::sys::spawn::{FIRST_HANDED, recv_descriptors, send_descriptors, spawn_with, take_handed};
 use libc::pid_t;
 use nix::errno::Errno;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, SigmaskHow};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-const FD_SCRATCH: RawFd = 3;
-const FD_GATE: RawFd = 4;
-const FD_SOCKET: RawFd = 5;
+const FD_SCRATCH: RawFd = FIRST_HANDED;
+const FD_GATE: RawFd = FIRST_HANDED + 1;
+const HANDED_SOCKET: usize = 2;
+const FD_SOCKET: RawFd = FIRST_HANDED + HANDED_SOCKET as RawFd;
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -137,61 +137,25 @@ pub fn launch(
 ) -> Result<Newborn> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socketpair", e))?;
     ours.set_read_timeout(Some(LAUNCH_TIMEOUT)).map_err(|e| Error::io("set a time-out", e))?;
-    let fds = [scratch.file().as_raw_fd(), gate.file().as_raw_fd(), theirs.as_raw_fd()];
     let mut command = Command::new(exe);
     command.arg(subcommand).args(config.to_args());
     // A registered rseq area would be written by the kernel after it has been unmapped.
     command.env_clear().env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: between fork and exec only dup and dup2 are called, which are async-signal-safe.
-    unsafe {
-        command.pre_exec(move || place_descriptors(&fds));
-    }
-    let mut launcher = command.spawn().map_err(|e| Error::io("start the new process's init", e))?;
+    let fds = [scratch.file().as_fd(), gate.file().as_fd(), theirs.as_fd()];
+    let mut launcher = spawn_with(&mut command, &fds)
+        .map_err(|e| Error::io("start the new process's init", e))?;
     drop(theirs);
     let result = receive_newborn(&ours);
     let _ = launcher.wait();
     result
 }
 
-/// Puts the three descriptors at 3, 4 and 5, whatever they overlap with.
-fn place_descriptors(fds: &[RawFd; 3]) -> std::io::Result<()> {
-    let mut high = [0; 3];
-    for (to, from) in high.iter_mut().zip(fds) {
-        // SAFETY: integers only.
-        *to = Errno::result(unsafe { libc::fcntl(*from, libc::F_DUPFD, 64) })?;
-    }
-    for (target, from) in [FD_SCRATCH, FD_GATE, FD_SOCKET].into_iter().zip(high) {
-        // SAFETY: integers only.
-        Errno::result(unsafe { libc::dup2(from, target) })?;
-        // SAFETY: integers only; `from` was made above.
-        unsafe { libc::close(from) };
-    }
-    Ok(())
-}
-
 /// Reads the answer of init: `k` with two process descriptors, or `e` and a message.
 fn receive_newborn(socket: &UnixStream) -> Result<Newborn> {
     let mut text = [0u8; 512];
-    let mut space = nix::cmsg_space!([RawFd; 2]);
-    let (len, fds) = {
-        let mut iov = [IoSliceMut::new(&mut text)];
-        let message = recvmsg::<()>(
-            socket.as_raw_fd(),
-            &mut iov,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        )
+    let (len, fds) = recv_descriptors(socket, &mut text)
         .map_err(|e| Error::sys("hear from the new process's init", e))?;
-        let mut fds = Vec::new();
-        for c in message.cmsgs().map_err(|e| Error::sys("hear from the new process's init", e))? {
-            if let ControlMessageOwned::ScmRights(got) = c {
-                // SAFETY: the kernel just installed these descriptors for us.
-                fds.extend(got.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        (message.bytes, fds)
-    };
     match (text[..len].split_first(), <[OwnedFd; 2]>::try_from(fds)) {
         (Some((b'k', _)), Ok([init, process])) => {
             Ok(Newborn { init: PidFd::adopt(init)?, process: PidFd::adopt(process)? })
@@ -205,8 +169,8 @@ fn receive_newborn(socket: &UnixStream) -> Result<Newborn> {
 
 /// Body of the hidden subcommand: launcher, then init. Never returns in init.
 pub fn init_main(config: &InitConfig) -> i32 {
-    // SAFETY: the parent placed the socket at this number for us.
-    let mut socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(FD_SOCKET) });
+    let Ok(socket) = take_handed(HANDED_SOCKET) else { return 2 };
+    let mut socket = UnixStream::from(socket);
     match enter_namespaces(config) {
         // SAFETY: this process has one thread.
         Ok(()) => match unsafe { nix::unistd::fork() } {
@@ -266,15 +230,8 @@ fn become_init(config: &InitConfig, socket: &UnixStream) -> Result<pid_t> {
         become_newborn(config);
     };
     let own = PidFd::open(1)?;
-    let fds = [own.as_raw_fd(), process.as_raw_fd()];
-    sendmsg::<()>(
-        socket.as_raw_fd(),
-        &[IoSlice::new(b"k")],
-        &[ControlMessage::ScmRights(&fds)],
-        MsgFlags::empty(),
-        None,
-    )
-    .map_err(|e| Error::sys("report to the session", e))?;
+    send_descriptors(socket, b"k", &[own.as_fd(), process.as_fd()])
+        .map_err(|e| Error::sys("report to the session", e))?;
     // Nothing that belongs to the session stays open here.
     for fd in [FD_SCRATCH, FD_GATE, FD_SOCKET] {
         // SAFETY: integers only; these descriptors are not used by any Rust value from here on but

@@ -11,4 +11,5 @@ pub mod mem;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
+pub mod spawn;
 pub mod uffd;

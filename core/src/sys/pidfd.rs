@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use libc::pid_t;
 use nix::errno::Errno;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// A reference to a process that stays right when its number is reused.
@@ -85,6 +85,12 @@ impl PidFd {
         let millis = timeout.as_millis().min(i32::MAX as u128) as i32;
         // SAFETY: `fds` is one live pollfd.
         unsafe { libc::poll(&raw mut fds, 1, millis) == 1 }
+    }
+}
+
+impl AsFd for PidFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

@@ -1,0 +1,32 @@
+//! Points at which a test can make a migration fail, by `SLIPSTREAM_FAIL_AT=NAME` in the environment of
+//! the side meant: the agent's for names that begin with `destination`, else `slipstream migrate`'s.
+
+use crate::error::{Error, Result};
+
+/// Every point, in the order they are passed. All are before commit: failing there must leave the
+/// process running at the source as if nothing had happened.
+pub const ALL: [&str; 14] = [
+    "source-connected",
+    "source-lanes",
+    "source-scratch",
+    "source-frozen",
+    "source-captured",
+    "source-sent",
+    "source-ready",
+    "source-parked",
+    "destination-hello",
+    "destination-lanes",
+    "destination-prepared",
+    "destination-mapped",
+    "destination-pages",
+    "destination-restored",
+];
+
+/// Fails if the environment asks for it.
+pub fn pass(point: &'static str) -> Result<()> {
+    debug_assert!(ALL.contains(&point), "{point} is not in the list");
+    match std::env::var_os("SLIPSTREAM_FAIL_AT") {
+        Some(asked) if asked == point => Err(Error::FailPoint(point)),
+        _ => Ok(()),
+    }
+}
