@@ -3,9 +3,11 @@
 //! Nothing here knows how bytes travel between hosts.
 
 pub mod arch;
+pub mod capture;
 pub mod error;
 pub mod manifest;
 pub mod program;
+pub mod restore;
 pub mod sys;
 
 pub use error::{Error, Result};

@@ -6,3 +6,4 @@
 //! dereferenced.
 
 pub mod ptrace;
+pub mod task;

@@ -1,0 +1,3 @@
+//! Reading a process on the source.
+
+pub mod state;

@@ -1,0 +1,3 @@
+//! Rebuilding a process on the destination.
+
+pub mod state;
