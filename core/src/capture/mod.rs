@@ -2,3 +2,4 @@
 
 pub mod frozen_memory;
 pub mod pages;
+pub mod state;

@@ -4,3 +4,4 @@ pub mod check;
 pub mod memory;
 pub mod newborn;
 pub mod scratch;
+pub mod state;

@@ -13,3 +13,4 @@ pub mod pidfd;
 pub mod ptrace;
 pub mod spawn;
 pub mod uffd;
+pub mod task;

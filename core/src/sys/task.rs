@@ -1,0 +1,97 @@
+//! What the kernel tells about another thread or process by plain syscalls.
+
+use libc::{c_long, pid_t};
+use nix::errno::Errno;
+
+/// `struct sched_attr` up to the utilisation clamps.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // named as in sched_setattr(2)
+pub struct SchedAttr {
+    pub size: u32,
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+}
+/// Length of [`SchedAttr`] (`SCHED_ATTR_SIZE_VER0`).
+pub const SCHED_ATTR_LEN: usize = 48;
+const _: () = assert!(size_of::<SchedAttr>() == SCHED_ATTR_LEN);
+
+/// Longest CPU mask asked for: 8192 CPUs, the most an x86-64 kernel can be built for.
+const CPU_MASK_LEN: usize = 1024;
+const IOPRIO_WHO_PROCESS: i32 = 1;
+
+fn result(ret: c_long) -> nix::Result<u64> {
+    Errno::result(ret).map(|v| v as u64)
+}
+
+/// `sched_getattr(2)`.
+pub fn sched_attr(tid: pid_t) -> nix::Result<SchedAttr> {
+    let mut attr = SchedAttr::default();
+    // SAFETY: the kernel writes at most the length given.
+    let ret = unsafe {
+        libc::syscall(libc::SYS_sched_getattr, tid, &raw mut attr, SCHED_ATTR_LEN as u32, 0)
+    };
+    result(ret).map(|_| attr)
+}
+
+/// Nice value of a thread, also where its policy ignores it.
+pub fn nice(tid: pid_t) -> nix::Result<i32> {
+    // SAFETY: integers only. The raw syscall answers 20 - nice, so that it is never negative.
+    let ret = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) };
+    result(ret).map(|v| 20 - v as i32)
+}
+
+/// CPUs a thread may run on, as a little-endian bit mask without trailing zero bytes.
+pub fn affinity(tid: pid_t) -> nix::Result<Vec<u8>> {
+    let mut mask = vec![0u8; CPU_MASK_LEN];
+    // SAFETY: the kernel writes at most the length given.
+    let ret =
+        unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid, CPU_MASK_LEN, mask.as_mut_ptr()) };
+    result(ret)?;
+    let used = mask.iter().rposition(|b| *b != 0).map_or(0, |i| i + 1);
+    mask.truncate(used);
+    Ok(mask)
+}
+
+/// `ioprio_get(2)` of a thread.
+pub fn ioprio(tid: pid_t) -> nix::Result<u32> {
+    // SAFETY: integers only.
+    let ret = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid) };
+    result(ret).map(|v| v as u32)
+}
+
+/// Head and length of a thread's robust futex list.
+pub fn robust_list(tid: pid_t) -> nix::Result<(u64, u64)> {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: both are 64-bit words that outlive the call.
+    let ret = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) };
+    result(ret).map(|_| if head == 0 { (0, 0) } else { (head, len) })
+}
+
+/// Our own `CLOCK_MONOTONIC` in nanoseconds.
+pub fn monotonic_ns() -> i64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` outlives the call, which can't fail for this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec * 1_000_000_000 + now.tv_nsec
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_thread_answers() {
+        assert!(sched_attr(0).is_ok());
+        assert!((-20..20).contains(&nice(0).expect("nice")));
+        assert!(!affinity(0).expect("affinity").is_empty());
+        assert!(ioprio(0).is_ok());
+        assert_eq!(robust_list(0).expect("robust list").1, 24);
+        assert!(monotonic_ns() > 0);
+    }
+}
