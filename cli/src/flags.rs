@@ -25,7 +25,7 @@ Exit codes:
 
 const EXAMPLES: &str = "\
 Examples:
-  on both hosts, once: the same key, which nobody else may read
+  once, on either host; then copy the file to the other one
     slipstream keygen /etc/slipstream.key
   on the destination
     slipstream agent --listen 10.0.0.2:7070 --key /etc/slipstream.key
