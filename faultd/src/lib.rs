@@ -1,1 +1,3 @@
-//! placeholder
+//! The two sides of a migration and the page-fault service between them.
+
+pub mod events;
