@@ -21,7 +21,7 @@ pub struct FrozenThread {
     pub sigmask: u64,
 }
 
-/// A frozen process. Dropping it lets the process go on, unless [`Frozen::park`] was called.
+/// A frozen process. Dropping it lets the process go on, unless [`Frozen::abandon`] was called.
 #[derive(Debug)]
 pub struct Frozen {
     pid: pid_t,
@@ -131,7 +131,7 @@ impl Frozen {
     }
 
     /// Gives every thread registers that can only pause, with all signals blocked. The threads stay
-    /// traced; [`Frozen::abandon`] lets go of them.
+    /// traced: [`Frozen::thaw`] still undoes it, [`Frozen::abandon`] makes it last.
     pub fn park(&mut self, pause_loop: u64) -> Result<()> {
         for t in &self.threads {
             let mut regs = t.regs;
@@ -139,18 +139,17 @@ impl Frozen {
             ptrace::set_sigmask(t.tid, u64::MAX)?;
             ptrace::set_regs(t.tid, &regs)?;
         }
-        self.held = false;
         Ok(())
     }
 
-    /// Undoes [`Frozen::park`] while the threads are still traced.
-    pub fn unpark(&mut self) {
-        self.held = true;
+    /// Makes dropping do nothing: the threads' registers are no longer those to go back to.
+    pub fn forget(&mut self) {
+        self.held = false;
     }
 
     /// Ends tracing without restoring anything: a parked process stays as it is.
     pub fn abandon(mut self) {
-        self.held = false;
+        self.forget();
         for t in &self.threads {
             let _ = ptrace::detach(t.tid, 0);
         }

@@ -147,6 +147,32 @@ impl SourceScratch {
     }
 }
 
+impl SourceScratch {
+    /// Has the frozen process leave by `exit_group(status)` and waits until it is gone.
+    pub fn exit_group(&self, mut frozen: Frozen, status: i32, timeout: Duration) -> Result<()> {
+        let base = self.base + CODE_LEN;
+        let mut program = Program::new(base, base + LEADER_SLOT_LEN / 2);
+        program.may("exit_group", libc::SYS_exit_group, [status.into()]);
+        self.mem.write(program.entries_base(), program.entries())?;
+        let leader = frozen.threads()[0];
+        let mut regs = leader.regs;
+        arch::set_start(&mut regs, self.base, base, self.base + CODE_LEN - 64);
+        ptrace::set_regs(leader.tid, &regs)?;
+        frozen.forget();
+        ptrace::cont(leader.tid, 0)?;
+        let deadline = Instant::now() + timeout;
+        for thread in frozen.threads().iter().rev() {
+            while let Some(stop) = ptrace::wait_stop_until(thread.tid, deadline)? {
+                if stop == Stop::Gone {
+                    break;
+                }
+                ptrace::cont(thread.tid, 0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Adds the trap and the way back; returns the address of the trap's entry.
 fn finish(program: &mut Program, thread: &FrozenThread, signal: i32) -> u64 {
     let pid = program.may("getpid", libc::SYS_getpid, []);

@@ -108,6 +108,9 @@ pub struct Process {
     /// The vdso image, so that the destination can tell whether its own has the same layout.
     #[prost(bytes = "vec", tag = "25")]
     pub vdso: Vec<u8>,
+    /// Layout of the XSAVE areas ([`crate::arch::xstate::XsaveLayout::to_words`]).
+    #[prost(uint64, repeated, tag = "26")]
+    pub xsave_layout: Vec<u64>,
 }
 
 /// A kernel `struct sigaction` (64-bit layout).

@@ -5,54 +5,17 @@
 //! how the process ended.
 
 use crate::error::{Error, Result};
-use serde::{Deserialize, Serialize};
+use crate::events::{Role, Status};
 use std::fs::{self, DirBuilder};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Which side of a migration a folder belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Side {
-    /// The process came from here.
-    Source,
-    /// The process went here.
-    Destination,
-}
-
-impl Side {
-    fn prefix(self) -> &'static str {
-        match self {
-            Side::Source => "source-",
-            Side::Destination => "destination-",
-        }
+fn prefix(side: Role) -> &'static str {
+    match side {
+        Role::Source => "source-",
+        Role::Destination => "destination-",
     }
-}
-
-/// What `slipstream status` shows of a migration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StatusFile {
-    /// Name of the migration.
-    pub id: String,
-    /// Which side wrote this.
-    pub side: Side,
-    /// Phase it is in.
-    pub phase: String,
-    /// The process as this host sees it.
-    pub pid: i32,
-    /// Command name of the process.
-    pub comm: String,
-    /// The other host.
-    pub peer: String,
-    /// The session that wrote this.
-    pub session_pid: i32,
-    /// Pages there and in all, while it drains.
-    pub pages_present: u64,
-    /// Pages in all.
-    pub pages_total: u64,
-    /// When this phase began, seconds since 1970.
-    pub since_unix_s: u64,
 }
 
 /// The folder of one side of one migration.
@@ -81,17 +44,6 @@ pub fn is_id(id: &str) -> bool {
     id.len() == 12 && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
-/// The run directory when none is named: `/run/slipstream` for root, else below `XDG_RUNTIME_DIR`.
-pub fn default_path() -> PathBuf {
-    if nix::unistd::geteuid().is_root() {
-        return PathBuf::from("/run/slipstream");
-    }
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(
-        || PathBuf::from(format!("/tmp/slipstream-{}", nix::unistd::geteuid())),
-        |dir| PathBuf::from(dir).join("slipstream"),
-    )
-}
-
 /// Makes the run directory if need be, and refuses one that others could write to or own.
 pub fn ensure(path: &Path) -> Result<()> {
     let make = DirBuilder::new().recursive(true).mode(0o700).create(path);
@@ -110,9 +62,9 @@ pub fn ensure(path: &Path) -> Result<()> {
 
 impl MigrationDir {
     /// Makes the folder of a new migration; it must not exist.
-    pub fn create(run_dir: &Path, side: Side, id: &str) -> Result<Self> {
+    pub fn create(run_dir: &Path, side: Role, id: &str) -> Result<Self> {
         ensure(run_dir)?;
-        let path = run_dir.join(format!("{}{id}", side.prefix()));
+        let path = run_dir.join(format!("{}{id}", prefix(side)));
         DirBuilder::new()
             .mode(0o700)
             .create(&path)
@@ -142,7 +94,7 @@ impl MigrationDir {
     }
 
     /// Rewrites the status.
-    pub fn write_status(&self, status: &StatusFile) -> Result<()> {
+    pub fn write_status(&self, status: &Status) -> Result<()> {
         let json = serde_json::to_vec(status).map_err(|e| Error::Internal(e.to_string()))?;
         self.write("status.json", &json)
     }
@@ -156,13 +108,13 @@ impl MigrationDir {
 }
 
 /// The status files of a run directory. Unreadable ones are left out: they may just be going away.
-pub fn list(run_dir: &Path) -> Result<Vec<StatusFile>> {
+pub fn list(run_dir: &Path) -> Result<Vec<Status>> {
     let dir = match fs::read_dir(run_dir) {
         Ok(dir) => dir,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io(format!("list {}", run_dir.display()), e)),
     };
-    let mut all: Vec<StatusFile> = dir
+    let mut all: Vec<Status> = dir
         .filter_map(|entry| fs::read(entry.ok()?.path().join("status.json")).ok())
         .filter_map(|bytes| serde_json::from_slice(&bytes).ok())
         .collect();

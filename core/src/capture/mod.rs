@@ -1,5 +1,6 @@
 //! Capture: from a frozen process to a manifest.
 
+pub mod assemble;
 pub mod frozen_memory;
 pub mod pages;
 pub mod state;

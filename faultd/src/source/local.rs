@@ -1,0 +1,79 @@
+//! What the source finds out by itself before it talks to anybody: preflight, and what is too slow for
+//! the blackout.
+
+use crate::clocks;
+use crate::error::{Error, Result};
+use crate::protocol::Hello;
+use prost::Message;
+use slipstream_core::capture::assemble::Prior;
+use slipstream_core::capture::files::StdioPolicy;
+use slipstream_core::capture::state::outside::Host;
+use slipstream_core::preflight::Blocker;
+use slipstream_core::preflight::source::{Options, SourceReport, check_process};
+use slipstream_core::proc::holders::Holders;
+use slipstream_core::proc::{maps, smaps};
+use slipstream_core::sys::mem::ProcMem;
+
+/// Bulk lanes asked for: with two at each end both cores of a small machine are busy.
+const BULK_LANES: u32 = 2;
+
+/// Everything known about the process before the freeze.
+#[derive(Debug)]
+pub struct Local {
+    /// What preflight found.
+    pub report: SourceReport,
+    /// What capture needs.
+    pub prior: Prior,
+}
+
+/// Looks at the process. All blockers are found in one pass.
+pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blocker>> {
+    let options = Options { stdio: stdio.clone(), ..Options::default() };
+    let report = check_process(pid, &options)?;
+    let prior = prior(pid, stdio)
+        .map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
+    Ok(Local { report, prior })
+}
+
+fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
+    let lines = maps::read(pid)?;
+    Ok(Prior {
+        host: Host::read()?,
+        holders: Holders::look(pid, &lines)?,
+        smaps: smaps::read(pid)?,
+        stdio: stdio.clone(),
+    })
+}
+
+/// Reads again, just before the freeze, what changes while preparations go on.
+pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
+    local.prior.smaps = smaps::read(pid)?;
+    Ok(())
+}
+
+/// The opening message.
+pub fn hello(id: &str, pid: i32, local: &Local) -> Result<Hello> {
+    let lines = maps::read(pid)?;
+    let offsets = clocks::namespace_offsets(&pid.to_string())?;
+    let vdso = match lines.iter().find(|l| l.path == b"[vdso]") {
+        Some(line) => {
+            let mut image = vec![0u8; line.len() as usize];
+            ProcMem::open(pid)?.read(line.start, &mut image)?;
+            image
+        }
+        None => Vec::new(),
+    };
+    let threads = slipstream_core::freeze::list_threads(pid)?.len();
+    Ok(Hello {
+        id: id.to_owned(),
+        requirements: local.report.requirements.encode_to_vec(),
+        ranges: lines.iter().flat_map(|l| [l.start, l.end]).collect(),
+        threads: u32::try_from(threads).map_err(|e| Error::Internal(e.to_string()))?,
+        pid: local.report.requirements.pid,
+        boot_id: clocks::boot_id()?,
+        monotonic_offset_ns: offsets.monotonic_ns,
+        boottime_offset_ns: offsets.boottime_ns,
+        vdso,
+        bulk_lanes: BULK_LANES,
+    })
+}

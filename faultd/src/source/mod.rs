@@ -1,0 +1,6 @@
+//! The source's side of a migration.
+
+pub mod commit;
+pub mod local;
+pub mod page_server;
+pub mod session;

@@ -1,0 +1,104 @@
+//! The page server: answers the destination's requests from the frozen copy's memory, a thread a lane.
+
+use crate::error::Result;
+use crate::protocol::{PresentRun, RUNS_PER_MAP};
+use slipstream_core::capture::frozen_memory::FrozenMemory;
+use slipstream_core::sys::task;
+use slipstream_transport::{Channel, Closer, Extent, PageServer, PageSource, Purpose};
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// The frozen copy as a page source.
+#[derive(Debug)]
+pub struct Source(pub Arc<FrozenMemory>);
+
+fn io_error(e: slipstream_core::Error) -> io::Error {
+    match e {
+        slipstream_core::Error::Sys { errno, .. } => errno.into(),
+        slipstream_core::Error::Io { source, .. } => source,
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+impl PageSource for Source {
+    fn extent(&self, address: u64, len_bytes: u32) -> io::Result<Extent> {
+        match self.0.extent(address, u64::from(len_bytes)).map_err(io_error)? {
+            Some(e) => Ok(Extent { len_bytes: e.len_bytes as u32, present: e.present }),
+            None => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        }
+    }
+
+    fn read(&self, address: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(address, out).map_err(io_error)
+    }
+}
+
+/// The lanes' threads.
+#[derive(Debug)]
+pub struct PageServers {
+    threads: Vec<JoinHandle<()>>,
+    closers: Vec<Closer>,
+}
+
+impl PageServers {
+    /// Starts a thread a lane.
+    pub fn start(lanes: Vec<Channel>, memory: &Arc<FrozenMemory>) -> Self {
+        let closers = lanes.iter().map(Channel::closer).collect();
+        let threads = lanes
+            .into_iter()
+            .map(|channel| {
+                let source = Source(Arc::clone(memory));
+                std::thread::spawn(move || serve(channel, &source))
+            })
+            .collect();
+        Self { threads, closers }
+    }
+
+    /// Ends the lanes and waits for their threads.
+    pub fn stop(self) {
+        for closer in &self.closers {
+            closer.close();
+        }
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(channel: Channel, source: &Source) {
+    let purpose = channel.purpose();
+    if purpose == Purpose::Urgent {
+        task::prefer_this_thread();
+    }
+    if let Err(e) = PageServer::new(channel).serve(source) {
+        tracing::info!("lane {purpose:?} ended: {e}");
+    }
+}
+
+/// Sends the present map in pieces through `send`; returns the bytes of all existing pages.
+pub fn send_present_map(
+    memory: &FrozenMemory,
+    send: &mut dyn FnMut(&[PresentRun]) -> Result<()>,
+) -> Result<u64> {
+    let mut pieces: Vec<PresentRun> = Vec::new();
+    let mut bytes = 0;
+    memory.scan(&mut |run| {
+        bytes += run.end - run.start;
+        match pieces.last_mut() {
+            // Runs are cut where a scan's buffer ended; the destination need not see that.
+            Some(last) if last.start + last.len_bytes == run.start && last.huge == run.huge => {
+                last.len_bytes += run.end - run.start;
+            }
+            _ => pieces.push(PresentRun {
+                start: run.start,
+                len_bytes: run.end - run.start,
+                huge: run.huge,
+            }),
+        }
+    })?;
+    for piece in pieces.chunks(RUNS_PER_MAP) {
+        send(piece)?;
+    }
+    Ok(bytes)
+}
