@@ -68,25 +68,26 @@ impl TcpPageLane {
                 return Ok(true);
             }
             let block = if self.outstanding.is_empty() { Block::No } else { block };
-            let block = self.push_requests(block)?;
-            match self.reader.fill(&self.socket, block)? {
+            let fill = if block == Block::No || self.writer.flush(&self.socket, Block::No)? {
+                self.reader.fill(&self.socket, block)?
+            } else {
+                // The socket takes no more requests, perhaps because the peer can't read on until we take its
+                // replies: both directions have to be watched.
+                if !self.socket.wait(PollFlags::POLLIN | PollFlags::POLLOUT, block)? {
+                    return Ok(false);
+                }
+                match self.reader.fill(&self.socket, Block::No)? {
+                    Fill::NotYet => continue,
+                    fill => fill,
+                }
+            };
+            match fill {
                 Fill::More => {}
-                Fill::NotYet if self.writer.is_pending() && block != Block::No => {}
                 Fill::NotYet => return Ok(false),
                 Fill::End => return Err(Error::Closed { peer: self.socket.peer() }),
             }
         }
         Ok(true)
-    }
-
-    /// Before waiting for replies, gets the requests out, and gives how to wait for the replies then. While the socket takes no more requests both
-    /// directions have to be watched: the peer may be unable to read on until we take its replies.
-    fn push_requests(&mut self, block: Block) -> Result<Block> {
-        if block == Block::No || self.writer.flush(&self.socket, Block::No)? {
-            return Ok(block);
-        }
-        self.socket.wait(PollFlags::POLLIN | PollFlags::POLLOUT, block)?;
-        Ok(Block::No)
     }
 }
 
