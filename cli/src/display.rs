@@ -3,7 +3,7 @@
 
 use crate::report::{Story, duration, fault_figures, grouped, one_line, rate};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use slipstream_faultd::events::{Event, Progress};
+use slipstream_faultd::events::{Event, Frozen, Progress};
 use std::io::Write;
 use std::time::Duration;
 
@@ -97,16 +97,14 @@ pub fn live_line(story: &Story) -> String {
     match &story.progress {
         Some(progress) if progress.figures.pages_total > 0 => figures_line(progress),
         _ => match &story.frozen {
-            Some(f) => format!(
-                "{:<9}  {} threads, {} mappings, {} descriptors",
-                story.phase(),
-                f.threads,
-                f.mappings,
-                f.descriptors
-            ),
+            Some(f) => format!("{:<9}  {}", story.phase(), counts(f)),
             None => one_line(story.phase()),
         },
     }
+}
+
+fn counts(f: &Frozen) -> String {
+    format!("{} threads, {} mappings, {} descriptors", f.threads, f.mappings, f.descriptors)
 }
 
 fn figures_line(progress: &Progress) -> String {
@@ -134,7 +132,8 @@ fn percent(progress: &Progress) -> u64 {
 /// The line that stays for an event; the last ones are the report's.
 fn plain_line(story: &Story, event: &Event) -> Option<String> {
     match event {
-        Event::Frozen(_) | Event::Progress(_) => Some(format!("slipstream: {}", live_line(story))),
+        Event::Frozen(f) => Some(format!("slipstream: frozen: {}", counts(f))),
+        Event::Progress(_) => Some(format!("slipstream: {}", live_line(story))),
         Event::Committed(c) => {
             Some(format!("slipstream: committed, migration {}", one_line(&c.id)))
         }

@@ -4,6 +4,7 @@ use nix::sys::signal::{SigSet, Signal};
 use std::io::{self, BufRead, Read};
 use std::sync::mpsc::SyncSender;
 use std::thread;
+use std::time::Instant;
 
 /// Longest line taken from a session; a report of some thousand blockers fits.
 pub const LINE_LEN_MAX: usize = 4 << 20;
@@ -15,8 +16,8 @@ pub enum Input {
     Line(String),
     /// The session has nothing more to say, or can't be heard any more.
     End,
-    /// Ctrl-C, or what amounts to it.
-    Interrupt,
+    /// Ctrl-C, or what amounts to it, and when.
+    Interrupt(Instant),
 }
 
 /// Reads one line; `None` at the end. What is over [`LINE_LEN_MAX`] is cut off, and bytes that are no
@@ -73,7 +74,7 @@ pub fn watch_signals(set: SigSet, to: SyncSender<Input>) {
     }
     thread::spawn(move || {
         while set.wait().is_ok() {
-            if to.send(Input::Interrupt).is_err() {
+            if to.send(Input::Interrupt(Instant::now())).is_err() {
                 return;
             }
         }

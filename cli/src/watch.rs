@@ -8,10 +8,14 @@ use nix::sys::signal::SigSet;
 use slipstream_faultd::events::Event;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Events that may wait while the terminal is slow; then the session's pipe holds them.
 const INPUTS_MAX: usize = 1024;
+
+/// Signals that come this close together are one wish: a closing terminal sends SIGHUP twice, and
+/// `timeout` signals the process and then its group.
+const SAME_WISH: Duration = Duration::from_secs(1);
 
 /// Follows `migration`. `signals` are blocked already. With `json` its lines go there as they come.
 pub fn watch(
@@ -35,7 +39,7 @@ fn follow(
     screen: &mut Screen,
     json: Option<&mut dyn Write>,
 ) -> Story {
-    let mut watcher = Watcher { story, screen, json, control, asked: false };
+    let mut watcher = Watcher { story, screen, json, control, asked: None };
     watcher.run(inputs);
     watcher.screen.finish();
     watcher.story
@@ -46,8 +50,8 @@ struct Watcher<'s, 'j> {
     screen: &'s mut Screen,
     json: Option<&'j mut dyn Write>,
     control: Box<dyn Control>,
-    /// A rollback was asked for.
-    asked: bool,
+    /// When a rollback was asked for.
+    asked: Option<Instant>,
 }
 
 impl Watcher<'_, '_> {
@@ -56,7 +60,7 @@ impl Watcher<'_, '_> {
         while let Ok(input) = inputs.recv() {
             match input {
                 Input::Line(line) => self.line(&line, start),
-                Input::Interrupt => self.interrupt(),
+                Input::Interrupt(now) => self.interrupt(now),
                 Input::End => break,
             }
             if self.story.end.is_some() {
@@ -71,7 +75,7 @@ impl Watcher<'_, '_> {
         self.pass_on(line);
         match Event::parse(line) {
             Ok(event) => {
-                if self.asked && matches!(event, Event::Committed(_)) {
+                if self.asked.is_some() && matches!(event, Event::Committed(_)) {
                     self.screen.say("slipstream: too late to roll back: it was committed");
                 }
                 self.story.see(event.clone());
@@ -84,12 +88,15 @@ impl Watcher<'_, '_> {
 
     /// Before the commit the first Ctrl-C asks for a rollback and the outcome is waited for; after it,
     /// or the second time, only the display ends.
-    fn interrupt(&mut self) {
-        if self.story.committed.is_some() || self.asked {
+    fn interrupt(&mut self, now: Instant) {
+        if self.asked.is_some_and(|asked| now.duration_since(asked) < SAME_WISH) {
+            return;
+        }
+        if self.story.committed.is_some() || self.asked.is_some() {
             self.story.end = Some(End::Left);
             return;
         }
-        self.asked = true;
+        self.asked = Some(now);
         match self.control.request_rollback() {
             Ok(()) => self.screen.say("slipstream: rolling back"),
             // The session is gone, and the end of its events is about to say so.

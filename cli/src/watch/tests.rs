@@ -29,12 +29,18 @@ fn play(stream: &str, json: Option<&mut dyn Write>) -> Story {
     watch(migration, SigSet::empty(), &mut Screen::Quiet, json)
 }
 
-/// Plays inputs; what no input follows is a session that is still at work.
+/// Plays inputs, `^C` two seconds after each other, `^c` at the same time as the one before; what no
+/// input follows is a session that is still at work.
 fn play_inputs(inputs: &[&str]) -> (Story, usize) {
     let (to, from) = sync_channel(inputs.len() + 1);
+    let mut now = Instant::now();
     for input in inputs {
         to.send(match *input {
-            "^C" => Input::Interrupt,
+            "^C" => {
+                now += Duration::from_secs(2);
+                Input::Interrupt(now)
+            }
+            "^c" => Input::Interrupt(now),
             "end" => Input::End,
             line => Input::Line(line.into()),
         })
@@ -166,4 +172,12 @@ fn the_second_ctrl_c_does_not_wait() {
     let (story, asked) = play_inputs(&["^C", "^C"]);
     assert_eq!((story.exit_code(), asked), (1, 1));
     assert!(story.failure().expect("a word").contains("slipstream status"));
+}
+
+#[test]
+fn signals_that_come_together_are_one_wish() {
+    let mut inputs: Vec<&str> = ROLLED_BACK.lines().collect();
+    inputs.splice(1..1, ["^C", "^c", "^c"]);
+    let (story, asked) = play_inputs(&inputs);
+    assert_eq!((story.exit_code(), asked), (4, 1));
 }
