@@ -27,7 +27,7 @@ static void check(void) {
     }
     char exe[PATH_MAX] = {0};
     MUST(readlink("/proc/self/exe", exe, sizeof exe - 1));
-    CHECK(strcmp(exe, exe_before) == 0, "executable is %s, was %s", exe, exe_before);
+    CHECK(strcmp(exe, exe_before) == 0, "executable is %.300s, was %.300s", exe, exe_before);
     CHECK(getauxval(AT_PAGESZ) == PAGE && getauxval(AT_SECURE) == 0, "auxiliary vector");
     /* /proc goes on showing what is in memory. */
     arguments[2][0] = 'X';

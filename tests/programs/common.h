@@ -228,6 +228,7 @@ static inline void reap(pid_t child, const char *what) {
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "%s: child status %#x", what, status);
 }
 
+#ifndef OWN_MAIN
 static void hold(void);
 static void check(void);
 #ifdef NO_WORK
@@ -236,7 +237,6 @@ static void work(void) { pause_us(1000); }
 static void work(void);
 #endif
 
-#ifndef OWN_MAIN
 int main(int argc, char **argv) {
     if (argc < 2) {
         fprintf(stderr, "usage: %s FLAG-FILE [...]\n", argv[0]);

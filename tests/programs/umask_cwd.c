@@ -13,7 +13,7 @@ static void hold(void) {
 
 static void check(void) {
     char cwd[PATH_MAX];
-    CHECK(getcwd(cwd, sizeof cwd) && strcmp(cwd, cwd_before) == 0, "working directory is %s, was %s", cwd, cwd_before);
+    CHECK(getcwd(cwd, sizeof cwd) && strcmp(cwd, cwd_before) == 0, "working directory is %.300s, was %.300s", cwd, cwd_before);
     int fd = MUST(open("made", O_WRONLY | O_CREAT | O_EXCL, 0777));
     struct stat made;
     MUST(fstat(fd, &made));
