@@ -1,0 +1,499 @@
+//! The source session: one migration, from preflight to the end of the frozen copy.
+//!
+//! It runs in a process and session of its own, so that a closed terminal ends only the display. All
+//! ptrace requests come from the thread that calls [`run`].
+
+use crate::clocks;
+use crate::control::{hear_destination, say_to_destination, unexpected};
+use crate::error::{Error, Result};
+use crate::events::{self, BlackoutParts, Event, Outcome, Role, Status, per_second};
+use crate::failpoints;
+use crate::protocol::{
+    ClockReading, Completed, DestinationMessage, Empty, Figures, PresentMap, PresentMapEnd, Reason,
+    SourceMessage, Verdict,
+};
+use crate::rundir::{self, MigrationDir};
+use crate::source::interrupt::Interrupts;
+use crate::source::local::{self, Local};
+use crate::source::page_server::{PageServers, send_present_map};
+use crate::source::commit;
+use prost::Message;
+use slipstream_core::capture::assemble;
+use slipstream_core::capture::files::StdioPolicy;
+use slipstream_core::capture::frozen_memory::FrozenMemory;
+use slipstream_core::freeze::Frozen;
+use slipstream_core::inject::SourceScratch;
+use slipstream_core::manifest::Manifest;
+use slipstream_core::preflight::Blocker;
+use slipstream_core::sys::pidfd::PidFd;
+use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What a migration is asked to do.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// The process, as this host sees it.
+    pub pid: i32,
+    /// `HOST:PORT` of the agent.
+    pub destination: String,
+    /// Key file.
+    pub key: PathBuf,
+    /// Run directory.
+    pub run_dir: PathBuf,
+    /// Standard streams.
+    pub stdio: StdioPolicy,
+    /// Bound on connecting, each handshake, the freeze, and the destination's preparations.
+    pub timeout: Duration,
+}
+
+/// Where events go. Nobody may be listening any more; that is no error.
+pub type Sink<'a> = &'a mut dyn FnMut(Event);
+
+/// Runs a migration and reports its end as an event.
+pub fn run(config: &SourceConfig, interrupts: &Interrupts, sink: Sink) {
+    let mut session = Session {
+        config,
+        interrupts,
+        started: Instant::now(),
+        phase: "preflight",
+        committed: false,
+        sink,
+    };
+    if let Err(e) = session.run() {
+        let failed = session.failure(&e);
+        (session.sink)(Event::Failed(failed));
+    }
+}
+
+struct Session<'a> {
+    config: &'a SourceConfig,
+    interrupts: &'a Interrupts,
+    started: Instant,
+    phase: &'static str,
+    /// The commit message may have left.
+    committed: bool,
+    sink: Sink<'a>,
+}
+
+/// The connections to the destination.
+struct Connections {
+    addresses: Vec<SocketAddr>,
+    key: Key,
+    sender: Sender,
+    receiver: Receiver,
+}
+
+/// The frozen process, its manifest sent, the destination ready.
+struct AtTheBrink {
+    frozen: Frozen,
+    memory: FrozenMemory,
+    parts: BlackoutParts,
+    frozen_at: Instant,
+}
+
+impl Session<'_> {
+    fn run(&mut self) -> Result<()> {
+        let pid = self.config.pid;
+        let mut local = self.preflight()?;
+        let process = PidFd::open(pid)?;
+        let (mut link, verdict, id) = self.negotiate(&local)?;
+        let lanes = self.connect_lanes(&link, &verdict)?;
+        let scratch = self.prepare(&mut link, &mut local)?;
+        let dir = match MigrationDir::create(&self.config.run_dir, Role::Source, &id) {
+            Ok(dir) => dir,
+            Err(e) => return self.roll_back(&mut link, scratch, e),
+        };
+        let brink = match self.move_state(&mut link, &scratch, &local, &dir) {
+            Ok(brink) => brink,
+            Err(e) => {
+                dir.remove();
+                return self.roll_back(&mut link, scratch, e);
+            }
+        };
+        self.write_status(&dir, &id, "commit", None);
+        let memory = match self.commit(&mut link, brink, &scratch, &process, &dir, &id) {
+            Ok(memory) => memory,
+            Err(e) if !self.committed => {
+                dir.remove();
+                return self.roll_back(&mut link, scratch, e);
+            }
+            Err(e) => return Err(self.wait_for_recovery(&dir, &id, e)),
+        };
+        match self.drain(&mut link, lanes, memory, &dir, &id) {
+            Ok(done) => self.finish(&mut link, &scratch, dir, done),
+            Err(e) => Err(self.wait_for_recovery(&dir, &id, e)),
+        }
+    }
+
+    fn preflight(&mut self) -> Result<Local> {
+        rundir::ensure(&self.config.run_dir)?;
+        match local::look(self.config.pid, &self.config.stdio) {
+            Ok(local) => Ok(local),
+            Err(blockers) => {
+                // The destination's view completes the report if it can be had.
+                let mut all: Vec<events::Blocker> = blockers.iter().map(event_blocker).collect();
+                if let Err(e) = Key::load(&self.config.key).map_err(Error::from) {
+                    all.push(destination_blocker(&e));
+                } else if let Err(e) = resolve(&self.config.destination).map_err(Error::from) {
+                    all.push(destination_blocker(&e));
+                }
+                Err(self.refuse(all))
+            }
+        }
+    }
+
+    /// Reports blockers; the error carries the first in its one line.
+    fn refuse(&mut self, blockers: Vec<events::Blocker>) -> Error {
+        let first = &blockers[0];
+        let more = match blockers.len() {
+            1 => String::new(),
+            n => format!(" (and {} more)", n - 1),
+        };
+        let error = Error::Refused {
+            reason: format!("{}: {}{more}", first.object, first.reason),
+            remedy: first.remedy.clone(),
+        };
+        (self.sink)(Event::Preflight(events::Preflight { blockers }));
+        error
+    }
+
+    fn negotiate(&mut self, local: &Local) -> Result<(Connections, Verdict, String)> {
+        let key = Key::load(&self.config.key)?;
+        let addresses = resolve(&self.config.destination)?;
+        let channel =
+            Channel::connect(&addresses, &key, Route::NEW, Purpose::Control, self.timeouts())?;
+        self.interrupts.close_on_interrupt(channel.closer());
+        let (mut sender, mut receiver) = channel.split();
+        let id = rundir::new_id()?;
+        let hello = local::hello(&id, self.config.pid, local)?;
+        say_to_destination(&mut sender, SourceMessage::Hello(hello))?;
+        let verdict = match hear_destination(&mut receiver, Some(self.config.timeout))? {
+            DestinationMessage::Verdict(v) => v,
+            _ => return unexpected("a verdict"),
+        };
+        if !verdict.blockers.is_empty() {
+            let blockers = verdict
+                .blockers
+                .iter()
+                .map(|b| event_blocker(&Blocker::new(&b.object, &b.reason, &b.remedy)))
+                .collect();
+            return Err(self.refuse(blockers));
+        }
+        (self.sink)(Event::Preflight(events::Preflight { blockers: Vec::new() }));
+        failpoints::pass("source-connected")?;
+        Ok((Connections { addresses, key, sender, receiver }, verdict, id))
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        Timeouts { connect: self.config.timeout, handshake: self.config.timeout }
+    }
+
+    fn connect_lanes(&mut self, link: &Connections, verdict: &Verdict) -> Result<Vec<Channel>> {
+        self.enter("prepare");
+        let route: [u8; 16] = verdict
+            .route
+            .as_slice()
+            .try_into()
+            .map_err(|_| Error::Protocol("a malformed route".into()))?;
+        let route = Route::from_bytes(route);
+        let bulk = u16::try_from(verdict.bulk_lanes.min(64)).unwrap_or(1).max(1);
+        let purposes = std::iter::once(Purpose::Urgent).chain((0..bulk).map(Purpose::Bulk));
+        let lanes = purposes
+            .map(|purpose| {
+                let channel =
+                    Channel::connect(&link.addresses, &link.key, route, purpose, self.timeouts())?;
+                self.interrupts.close_on_interrupt(channel.closer());
+                Ok(channel)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        failpoints::pass("source-lanes")?;
+        Ok(lanes)
+    }
+
+    /// Answers clock probes until the destination is prepared, and maps the scratch memory.
+    fn prepare(&mut self, link: &mut Connections, local: &mut Local) -> Result<SourceScratch> {
+        let offsets = clocks::namespace_offsets(&self.config.pid.to_string())?;
+        loop {
+            match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
+                DestinationMessage::ClockProbe(_) => {
+                    let host = clocks::host_clocks()?;
+                    let reading = ClockReading {
+                        monotonic_ns: host.monotonic_ns + offsets.monotonic_ns,
+                        boottime_ns: host.boottime_ns + offsets.boottime_ns,
+                    };
+                    say_to_destination(&mut link.sender, SourceMessage::ClockReading(reading))?;
+                }
+                DestinationMessage::Prepared(_) => break,
+                _ => return unexpected("a clock probe"),
+            }
+        }
+        let scratch = SourceScratch::map(self.config.pid, self.config.timeout)?;
+        let prepared = failpoints::pass("source-scratch")
+            .and_then(|()| local::refresh(self.config.pid, local))
+            .and_then(|()| self.interrupts.check());
+        match prepared {
+            Ok(()) => Ok(scratch),
+            Err(e) => self.roll_back(link, scratch, e),
+        }
+    }
+
+    /// Freeze, capture, send: until the destination is ready. Failing thaws.
+    fn move_state(
+        &mut self,
+        link: &mut Connections,
+        scratch: &SourceScratch,
+        local: &Local,
+        dir: &MigrationDir,
+    ) -> Result<AtTheBrink> {
+        self.enter("freeze");
+        let frozen_at = Instant::now();
+        let mut frozen = Frozen::freeze(self.config.pid, self.config.timeout)?;
+        let mut parts = BlackoutParts { freeze_us: us(frozen_at), ..BlackoutParts::default() };
+        failpoints::pass("source-frozen")?;
+        let captured_at = Instant::now();
+        let manifest = assemble::capture(&frozen, scratch, &local.prior)?;
+        let encoded = manifest.encode_to_vec();
+        parts.capture_us = us(captured_at);
+        failpoints::pass("source-captured")?;
+        let sent_at = Instant::now();
+        say_to_destination(&mut link.sender, SourceMessage::Manifest(encoded))?;
+        failpoints::pass("source-sent")?;
+        self.enter("restore");
+        // While the destination restores: what commit and the page server need.
+        let memory = FrozenMemory::open(self.config.pid, &manifest)?;
+        commit::park(&mut frozen, scratch, dir)?;
+        failpoints::pass("source-parked")?;
+        let ready = match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
+            DestinationMessage::Ready(ready) => ready,
+            _ => return unexpected("ready"),
+        };
+        parts.restore_us = ready.restore_us;
+        parts.send_us = us(sent_at).saturating_sub(ready.restore_us);
+        failpoints::pass("source-ready")?;
+        self.report_frozen(&manifest);
+        Ok(AtTheBrink { frozen, memory, parts, frozen_at })
+    }
+
+    fn report_frozen(&mut self, m: &Manifest) {
+        (self.sink)(Event::Frozen(events::Frozen {
+            threads: m.threads.len() as u64,
+            mappings: m.mappings.len() as u64,
+            descriptors: m.descriptors.len() as u64,
+        }));
+    }
+
+    fn commit(
+        &mut self,
+        link: &mut Connections,
+        mut brink: AtTheBrink,
+        scratch: &SourceScratch,
+        process: &PidFd,
+        dir: &MigrationDir,
+        id: &str,
+    ) -> Result<FrozenMemory> {
+        let _ = scratch;
+        let began = Instant::now();
+        // From here on an interrupt ends nothing.
+        self.interrupts.commit()?;
+        commit::declare(&mut brink.frozen, process, dir)?;
+        self.committed = true;
+        self.enter("commit");
+        say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))?;
+        let resumed = match hear_destination(&mut link.receiver, None)? {
+            DestinationMessage::Resumed(r) => r,
+            _ => return unexpected("resumed"),
+        };
+        brink.parts.commit_us = us(began);
+        let blackout_us = us(brink.frozen_at);
+        commit::settle(brink.frozen, dir)?;
+        (self.sink)(Event::Committed(events::Committed { id: id.to_owned() }));
+        (self.sink)(Event::Resumed(events::Resumed {
+            dest_pid: resumed.host_pid,
+            blackout_us,
+            blackout_parts: brink.parts,
+        }));
+        Ok(brink.memory)
+    }
+
+    /// Serves pages until the destination has them all.
+    fn drain(
+        &mut self,
+        link: &mut Connections,
+        lanes: Vec<Channel>,
+        memory: FrozenMemory,
+        dir: &MigrationDir,
+        id: &str,
+    ) -> Result<Completed> {
+        self.enter("drain");
+        let memory = Arc::new(memory);
+        let servers = PageServers::start(lanes, &memory);
+        let sender = &mut link.sender;
+        let bytes = send_present_map(&memory, &mut |runs| {
+            say_to_destination(sender, SourceMessage::PresentMap(PresentMap::pack(runs)))
+        })?;
+        say_to_destination(sender, SourceMessage::PresentMapEnd(PresentMapEnd { bytes }))?;
+        let mut last = (Instant::now(), Figures::default());
+        let done = loop {
+            match hear_destination(&mut link.receiver, None)? {
+                DestinationMessage::Progress(figures) => {
+                    let progress = progress(&figures, last.0, &last.1);
+                    self.write_status(dir, id, "drain", Some(progress.figures.clone()));
+                    (self.sink)(Event::Progress(progress));
+                    last = (Instant::now(), figures);
+                }
+                DestinationMessage::Completed(done) => break done,
+                _ => return unexpected("progress"),
+            }
+        };
+        servers.stop();
+        Ok(done)
+    }
+
+    fn finish(
+        &mut self,
+        link: &mut Connections,
+        scratch: &SourceScratch,
+        dir: MigrationDir,
+        done: Completed,
+    ) -> Result<()> {
+        commit::drop_copy(self.config.pid, scratch)?;
+        // The destination may be gone already: it has nothing left to do.
+        let _ = say_to_destination(&mut link.sender, SourceMessage::Bye(Empty {}));
+        dir.remove();
+        (self.sink)(Event::Completed(events::Completed {
+            figures: figures(&done.figures, &Figures::default(), done.drain_us),
+            total_us: us(self.started),
+            drain_us: done.drain_us,
+            transport: "tcp".into(),
+            exited: done.exited,
+        }));
+        Ok(())
+    }
+
+    /// Ends a migration before commit: the process goes on, without our scratch memory. Whatever was
+    /// frozen has been thawed by the drop of its owner.
+    fn roll_back<T>(
+        &mut self,
+        link: &mut Connections,
+        scratch: SourceScratch,
+        error: Error,
+    ) -> Result<T> {
+        let reason = Reason { reason: "the source gave up".into(), remedy: String::new() };
+        let _ = say_to_destination(&mut link.sender, SourceMessage::Abort(reason));
+        match scratch.unmap(self.config.timeout) {
+            Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
+            Err(e) => tracing::warn!("scratch memory stays mapped: {e}"),
+        }
+        Err(error)
+    }
+
+    fn wait_for_recovery(&mut self, dir: &MigrationDir, id: &str, error: Error) -> Error {
+        self.write_status(dir, id, "waiting", None);
+        error
+    }
+
+    fn write_status(
+        &self,
+        dir: &MigrationDir,
+        id: &str,
+        phase: &str,
+        figures: Option<events::Figures>,
+    ) {
+        let status = Status {
+            id: id.to_owned(),
+            role: Role::Source,
+            phase: phase.to_owned(),
+            pid: Some(self.config.pid),
+            peer: self.config.destination.clone(),
+            figures,
+            detail: String::new(),
+        };
+        if let Err(e) = dir.write_status(&status) {
+            tracing::warn!("{e}");
+        }
+    }
+
+    fn enter(&mut self, phase: &'static str) {
+        self.phase = phase;
+        (self.sink)(Event::Progress(events::Progress {
+            phase: phase.to_owned(),
+            figures: events::Figures::default(),
+            eta_s: None,
+        }));
+    }
+
+    fn failure(&self, error: &Error) -> events::Failed {
+        let touched = matches!(self.phase, "freeze" | "restore" | "commit" | "drain");
+        let outcome = if self.committed {
+            Outcome::Waiting
+        } else if touched || matches!(error, Error::Interrupted | Error::FailPoint(_)) {
+            Outcome::RolledBack
+        } else if matches!(error, Error::Internal(_)) {
+            Outcome::Internal
+        } else {
+            Outcome::Refused
+        };
+        let reason = if self.interrupts.interrupted() && !self.committed {
+            Error::Interrupted.to_string()
+        } else {
+            error.to_string()
+        };
+        let outcome = match outcome {
+            Outcome::Refused if self.interrupts.interrupted() => Outcome::RolledBack,
+            other => other,
+        };
+        events::Failed {
+            phase: self.phase.to_owned(),
+            reason,
+            remedy: error.remedy().to_owned(),
+            outcome,
+        }
+    }
+}
+
+fn us(since: Instant) -> u64 {
+    since.elapsed().as_micros() as u64
+}
+
+fn event_blocker(b: &Blocker) -> events::Blocker {
+    events::Blocker {
+        object: b.object.clone(),
+        reason: b.reason.clone(),
+        remedy: b.remedy.clone(),
+    }
+}
+
+fn destination_blocker(e: &Error) -> events::Blocker {
+    events::Blocker {
+        object: "destination".into(),
+        reason: e.to_string(),
+        remedy: e.remedy().to_owned(),
+    }
+}
+
+fn figures(now: &Figures, before: &Figures, elapsed_us: u64) -> events::Figures {
+    let bytes = now.bytes.saturating_sub(before.bytes);
+    let faults = now.faults.saturating_sub(before.faults);
+    events::Figures {
+        pages_present: now.pages_present,
+        pages_total: now.pages_total,
+        bytes: now.bytes,
+        faults: now.faults,
+        fault_us_p50: now.fault_us_p50,
+        fault_us_p99: now.fault_us_p99,
+        mb_per_s: per_second(bytes as f64 / 1e6, elapsed_us),
+        faults_per_s: per_second(faults as f64, elapsed_us),
+    }
+}
+
+fn progress(now: &Figures, since: Instant, before: &Figures) -> events::Progress {
+    let elapsed_us = us(since);
+    let figures = figures(now, before, elapsed_us);
+    let left = now.pages_total.saturating_sub(now.pages_present) as f64;
+    let came = now.pages_present.saturating_sub(before.pages_present) as f64;
+    let eta_s = (came > 0.0).then(|| left / came * elapsed_us as f64 / 1e6);
+    events::Progress { phase: "drain".into(), figures, eta_s }
+}
