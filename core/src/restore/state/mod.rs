@@ -45,3 +45,8 @@ fn queued_signal(info: &[u8]) -> Result<u64> {
 fn must_prctl(p: &mut Program, what: &str, option: u64, value: u64) {
     p.must(what, libc::SYS_prctl, [option.into(), value.into(), NONE, NONE, NONE]);
 }
+
+#[cfg(test)]
+pub(crate) mod harness;
+#[cfg(test)]
+mod tests;
