@@ -81,6 +81,14 @@ pub fn monotonic_ns() -> i64 {
     now.tv_sec * 1_000_000_000 + now.tv_nsec
 }
 
+/// True when this kernel lets a process choose timer ids (`PR_TIMER_CREATE_RESTORE_IDS`, Linux 6.15).
+pub fn can_restore_timer_ids() -> bool {
+    const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
+    const GET: u64 = 2;
+    // SAFETY: integers only; the query changes nothing.
+    unsafe { libc::prctl(PR_TIMER_CREATE_RESTORE_IDS, GET, 0u64, 0u64, 0u64) >= 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,9 @@ use crate::sys::{ptrace, task};
 use nix::errno::Errno;
 use std::os::unix::ffi::OsStringExt;
 
+/// `SCHED_OTHER`, `SCHED_BATCH`, `SCHED_IDLE`.
+const FAIR: [u32; 3] = [0, 3, 5];
+
 /// What is read of the host once, before the freeze.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -17,6 +20,8 @@ pub struct Host {
     cpus: Vec<u8>,
     /// Offset of our own `CLOCK_MONOTONIC` in nanoseconds.
     monotonic_offset_ns: i64,
+    /// Time slice that fair threads get here unless they ask for another (reported since Linux 6.12).
+    slice_ns: u64,
 }
 
 impl Host {
@@ -24,7 +29,9 @@ impl Host {
     pub fn read() -> Result<Self> {
         let online = proc_text::read(0, "/sys/devices/system/cpu/online")?;
         let cpus = cpu_list(&String::from_utf8_lossy(&online))?;
-        Ok(Self { cpus, monotonic_offset_ns: monotonic_offset_ns(0, "/proc/self")? })
+        let own = task::sched_attr(0).map_err(|e| Error::sys("own scheduling", e))?;
+        let slice_ns = if FAIR.contains(&own.policy) { own.runtime } else { 0 };
+        Ok(Self { cpus, monotonic_offset_ns: monotonic_offset_ns(0, "/proc/self")?, slice_ns })
     }
 }
 
@@ -140,13 +147,14 @@ fn sched(host: &Host, tid: i32) -> nix::Result<Sched> {
     let allowed = task::affinity(tid)?;
     let at = |mask: &[u8], i: usize| mask.get(i).copied().unwrap_or(0);
     let all = host.cpus.iter().enumerate().all(|(i, b)| at(&allowed, i) & b == *b);
-    let deadline = [attr.runtime, attr.deadline, attr.period];
+    let default_slice = FAIR.contains(&attr.policy) && attr.runtime == host.slice_ns;
+    let runtime = if default_slice { 0 } else { attr.runtime };
+    let deadline = [runtime, attr.deadline, attr.period];
     Ok(Sched {
         policy: attr.policy,
         flags: attr.flags,
         nice: task::nice(tid)?,
         priority: attr.priority,
-        // Of fair threads the runtime is the slice: 0 unless one was asked for.
         deadline_ns: if deadline == [0; 3] { Vec::new() } else { deadline.to_vec() },
         affinity: if all { Vec::new() } else { allowed },
         ioprio: task::ioprio(tid)?,
