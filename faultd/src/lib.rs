@@ -1,3 +1,4 @@
 //! The two sides of a migration and the page-fault service between them.
 
 pub mod events;
+pub mod pages;
