@@ -7,6 +7,7 @@
 use crate::error::{Error, Result};
 use crate::manifest::{Manifest, Mapping, MappingKind, vm_flag};
 use crate::program::{Arg, Op, Program, Ref};
+use crate::restore::files::PlannedFiles;
 use crate::restore::scratch::Scratch;
 use crate::sys::uffd;
 use std::collections::BTreeMap;
@@ -61,18 +62,17 @@ pub fn lazy_ranges(m: &Manifest) -> Vec<LazyRange> {
         .collect()
 }
 
-/// Adds the entries that build the address space. `memfds` gives the descriptor to map for an object
-/// number of a [`MappingKind::Memfd`] mapping.
-pub fn plan_memory(
+/// Adds the entries that build the address space. `files` knows the descriptors of memfds to be mapped.
+pub fn plan_mappings(
     m: &Manifest,
     scratch: &Scratch,
     vdso: &VdsoParts,
-    memfds: &BTreeMap<u32, Arg>,
+    files: &PlannedFiles,
     p: &mut Program,
-) -> Result<MemoryPlan> {
+) -> Result<()> {
     plan_vdso(m, scratch, vdso, p)?;
     plan_shmem(m, scratch, p)?;
-    let mut files = OpenFiles::default();
+    let mut open = OpenFiles::default();
     for v in &m.mappings {
         match MappingKind::try_from(v.kind) {
             Ok(MappingKind::Anon) => map_anon(v, 0, p),
@@ -81,26 +81,32 @@ pub fn plan_memory(
                 map_anon(v, libc::MAP_HUGETLB | (log << libc::MAP_HUGE_SHIFT), p);
             }
             Ok(MappingKind::FilePrivate | MappingKind::FileShared) => {
-                let fd = files.open(v, p);
+                let fd = open.open(v, p);
                 map_file(v, fd.into(), p);
             }
             Ok(MappingKind::Memfd) => {
-                let fd = memfds
-                    .get(&v.object)
+                let fd = files
+                    .memfd(m, v.object)
                     .ok_or_else(|| Error::Manifest(format!("mapping {:#x}: no memfd", v.start)))?;
-                map_file(v, *fd, p);
+                map_file(v, fd.into(), p);
             }
             Ok(MappingKind::ShmemAnon | MappingKind::Vdso | MappingKind::Vvar) => {}
             Err(_) => return Err(Error::Manifest(format!("mapping kind {}", v.kind))),
         }
     }
-    files.close_all(p);
+    open.close_all(p);
+    Ok(())
+}
+
+/// Adds the userfaultfd with its holder, and the advice that must come after it. When all descriptors
+/// are in place: the two it makes take free numbers, and are closed again before the program runs.
+pub fn plan_faults(m: &Manifest, scratch: &Scratch, p: &mut Program) -> MemoryPlan {
     let lazy = lazy_ranges(m);
     let (uffd, ring) = plan_uffd(scratch, &lazy, p);
     for v in &m.mappings {
         plan_advice(v, p);
     }
-    Ok(MemoryPlan { uffd, ring, lazy })
+    MemoryPlan { uffd, ring, lazy }
 }
 
 fn hex(v: &Mapping) -> String {
@@ -154,7 +160,7 @@ impl OpenFiles {
             p.must(
                 format!("open mapped file {}", String::from_utf8_lossy(&v.path)),
                 libc::SYS_open,
-                [path.into(), (mode | libc::O_CLOEXEC).into()],
+                [path.into(), (mode | libc::O_CLOEXEC | libc::O_NOCTTY).into()],
             )
         })
     }

@@ -1,6 +1,8 @@
 //! Restore: from a manifest to a running process, by syscall programs run inside it.
 
 pub mod check;
+pub mod engine;
+pub mod files;
 pub mod memory;
 pub mod newborn;
 pub mod scratch;

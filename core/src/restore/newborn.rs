@@ -5,7 +5,7 @@
 //! new PID namespace, reaps, and notes how the process ended; its child becomes the process.
 
 use crate::error::{Error, Result};
-use crate::program::{Op, Program};
+use crate::program::{Arg, Op, Program};
 use crate::restore::scratch::{Gate, MEMFD_OFFSET, Scratch, VDSO_LEN};
 use crate::sys::clone;
 use crate::sys::pidfd::PidFd;
@@ -124,6 +124,7 @@ pub fn end_stage(scratch: &Scratch, p: &mut Program, next: u32) {
         [scratch.events().into(), libc::FUTEX_WAKE.into(), i32::MAX.into()],
     );
     p.op(Op::Wait, [scratch.go().into(), (next - 1).into()]);
+    p.op(Op::JumpIf, [scratch.go().into(), next.into(), Arg::At(scratch.next())]);
 }
 
 /// Starts the new process. `exe` is this program, which runs [`init_main`] when called with the hidden

@@ -36,6 +36,7 @@ const HEADER_FAILED: usize = 0;
 const HEADER_EVENTS: usize = 8;
 const HEADER_GO: usize = 12;
 const HEADER_ARRIVED: usize = 16;
+const HEADER_NEXT: usize = 24;
 
 /// Values of the gate word. The first decision wins and is never changed.
 pub mod gate {
@@ -209,8 +210,14 @@ impl Scratch {
         out
     }
 
-    /// Lets the process go on to the stage after `stage`.
-    pub fn go_on(&self, stage: u32) {
+    /// Address of the word that holds where the next stage begins.
+    pub fn next(&self) -> u64 {
+        self.header() + HEADER_NEXT as u64
+    }
+
+    /// Lets the process go on to `stage`, which begins at the entry at `start`.
+    pub fn go_on(&self, stage: u32, start: u64) {
+        self.shared.word64(HEADER_NEXT).store(start, Ordering::SeqCst);
         let word = self.shared.word32(HEADER_GO);
         word.store(stage, Ordering::SeqCst);
         futex_wake_all(word);
