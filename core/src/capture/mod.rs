@@ -1,1 +1,3 @@
 //! Reading a process into a manifest.
+
+pub mod files;

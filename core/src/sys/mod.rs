@@ -5,4 +5,5 @@
 //! borrowed pointer beyond the call; addresses in *another* process are plain `u64` and never
 //! dereferenced.
 
+pub mod files;
 pub mod ptrace;
