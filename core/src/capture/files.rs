@@ -5,6 +5,7 @@
 //! offset). Paths are as this process sees them: for a process in the same mount namespace, with
 //! another root directory, that is the path below our root.
 
+mod clock;
 mod kinds;
 mod memfd;
 mod paths;

@@ -83,7 +83,7 @@ pub fn parse(text: &[u8]) -> Result<Status> {
 
 fn take(s: &mut Status, name: &str, value: &str) -> Option<()> {
     match name {
-        "Name" => s.name = value.to_owned(),
+        "Name" => value.clone_into(&mut s.name),
         "State" => s.state = value.chars().next()?,
         "Umask" => s.umask = u32::from_str_radix(value, 8).ok()?,
         "Tgid" => s.tgid = value.parse().ok()?,

@@ -1,1 +1,3 @@
 //! Making a process from a manifest.
+
+pub mod files;

@@ -114,3 +114,12 @@ pub fn bytes_waiting(fd: BorrowedFd<'_>) -> nix::Result<usize> {
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut n) })?;
     Ok(n.max(0) as usize)
 }
+
+/// Nanoseconds until a timerfd expires next; 0 when it is disarmed.
+pub fn timer_left(fd: BorrowedFd<'_>) -> nix::Result<i64> {
+    let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut now = libc::itimerspec { it_interval: zero, it_value: zero };
+    // SAFETY: the kernel writes one itimerspec.
+    Errno::result(unsafe { libc::timerfd_gettime(fd.as_raw_fd(), &raw mut now) })?;
+    Ok(now.it_value.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.it_value.tv_nsec))
+}

@@ -1,10 +1,15 @@
 //! What an open file is, decided by its link and type; what can't be moved is named here.
 
-use super::{Capture, Open, pipes};
+use super::{Capture, Open, clock, pipes};
+use crate::error::Error;
 use crate::manifest::{Epoll, EpollWatch, FileKind, TimerFd};
 use crate::preflight::Blocker;
+use crate::proc::fdinfo;
 use crate::sys::files as sys;
 use std::collections::HashSet;
+use std::os::fd::AsFd;
+
+const TFD_TIMER_ABSTIME: u32 = 1;
 
 /// Devices that are the same everywhere: null, zero, full, random, urandom.
 const HARMLESS: [u64; 5] = [
@@ -76,7 +81,7 @@ impl Capture<'_> {
         let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
         match name {
             b"[eventfd]" => info.eventfd.clone().map(FileKind::EventFd).ok_or_else(silent),
-            b"[timerfd]" => self.timer(one).ok_or_else(silent),
+            b"[timerfd]" => self.timer(one),
             b"[signalfd]" => info.sigmask.map(FileKind::SignalFd).ok_or_else(silent),
             b"[eventpoll]" => self.epoll(one).map(FileKind::Epoll),
             _ => {
@@ -88,13 +93,34 @@ impl Capture<'_> {
         }
     }
 
-    fn timer(&self, one: &Open) -> Option<FileKind> {
-        let info = one.info.timer?;
-        Some(FileKind::TimerFd(TimerFd {
+    fn timer(&self, one: &Open) -> Result<FileKind, Blocker> {
+        let unknown = |e| Blocker::unknown(one.name(), &e);
+        let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
+        let mut info = one.info.timer.ok_or_else(silent)?;
+        if info.time.value_ns == 0 && info.time.interval_ns != 0 {
+            // A periodic timer rests between its expiration and the next look at it. Asking for the
+            // time left sets it going again, as the read that is to come would, and counts the ticks.
+            let dup = self.duplicate(one)?;
+            let left = sys::timer_left(dup.as_fd())
+                .map_err(|e| unknown(Error::sys("ask for the time left", e)))?;
+            let path = format!("fdinfo/{}", one.fd);
+            let again = crate::proc::read(self.pid, &path).and_then(|text| fdinfo::parse(&text));
+            info = again.map_err(unknown)?.timer.ok_or_else(silent)?;
+            info.time.value_ns = left;
+        }
+        let absolute = info.settime_flags & TFD_TIMER_ABSTIME != 0 && info.time.value_ns != 0;
+        let deadline_ns = if absolute {
+            let now = clock::now_ns(self.pid, info.clock).map_err(unknown)?;
+            now.saturating_add(info.time.value_ns)
+        } else {
+            0
+        };
+        Ok(FileKind::TimerFd(TimerFd {
             clock: info.clock,
             ticks: info.ticks,
             settime_flags: info.settime_flags,
             time: info.time,
+            deadline_ns,
         }))
     }
 

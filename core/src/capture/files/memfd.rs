@@ -94,7 +94,7 @@ impl Capture<'_> {
                 ));
             }
             if self.options.memfd_content {
-                memfd.extents = read_extents(&file, memfd.size).map_err(sys_error)?;
+                memfd.extents = read_extents(&file, &memfd).map_err(sys_error)?;
             }
         }
         Ok(memfd)
@@ -108,12 +108,14 @@ impl Capture<'_> {
     }
 }
 
-/// Length of a piece of content. It bounds messages, and what a page of zeros costs.
+/// Length of a piece of content, where pages are small. A huge page is a piece: restore relies on it.
 const PIECE_LEN: u64 = 1 << 20;
 
 /// The data of a memfd as pieces, without holes where the file system knows them (hugetlbfs does
 /// not) and without pieces that are all zeros.
-fn read_extents(file: &File, size: u64) -> nix::Result<Vec<PageData>> {
+fn read_extents(file: &File, memfd: &Memfd) -> nix::Result<Vec<PageData>> {
+    let size = memfd.size;
+    let piece_len = if memfd.huge_page_size > 0 { memfd.huge_page_size } else { PIECE_LEN };
     let mut extents = Vec::new();
     let mut at = 0;
     while at < size {
@@ -125,7 +127,7 @@ fn read_extents(file: &File, size: u64) -> nix::Result<Vec<PageData>> {
         let end = end.min(size);
         let mut piece = start;
         while piece < end {
-            let mut bytes = vec![0; (end - piece).min(PIECE_LEN) as usize];
+            let mut bytes = vec![0; (end - piece).min(piece_len) as usize];
             file.read_exact_at(&mut bytes, piece)
                 .map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
             let len = bytes.len() as u64;
