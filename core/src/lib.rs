@@ -13,5 +13,7 @@ pub mod proc;
 pub mod program;
 pub mod restore;
 pub mod sys;
+#[cfg(test)]
+mod testing;
 
 pub use error::{Error, Result};

@@ -553,6 +553,9 @@ pub struct TimerFd {
     /// Time left and period.
     #[prost(message, required, tag = "4")]
     pub time: Interval,
+    /// Deadline on the process's clock, in nanoseconds, of a timer set with `TFD_TIMER_ABSTIME`; else 0.
+    #[prost(int64, tag = "5")]
+    pub deadline_ns: i64,
 }
 
 /// An epoll set.

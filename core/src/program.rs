@@ -153,6 +153,17 @@ impl Program {
         self.data(&bytes)
     }
 
+    /// Overwrites words added before, at their address: a value known only at the end.
+    ///
+    /// # Panics
+    /// If the words don't lie in the data so far.
+    pub fn set_words(&mut self, address: u64, words: &[u64]) {
+        let at = (address - self.data_base) as usize;
+        for (i, word) in words.iter().enumerate() {
+            self.data[at + 8 * i..at + 8 * i + 8].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+
     /// Address of the next entry to be added.
     pub fn next_address(&self) -> u64 {
         self.entries_base + self.entries.len() as u64

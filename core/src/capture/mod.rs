@@ -4,3 +4,4 @@ pub mod assemble;
 pub mod frozen_memory;
 pub mod pages;
 pub mod state;
+pub mod files;

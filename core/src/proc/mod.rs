@@ -4,11 +4,14 @@
 //! anyone who can name a file or a thread.
 
 pub mod classify;
+pub mod fdinfo;
+pub mod holders;
 pub mod maps;
 pub mod smaps;
+pub mod status;
 
 use crate::error::{Error, Result};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 
 /// Reads a whole file below `/proc/PID`. A process that is gone is [`Error::Gone`].
@@ -37,6 +40,27 @@ fn read_path(path: &str) -> io::Result<Vec<u8>> {
     }
     text.truncate(len);
     Ok(text)
+}
+
+/// All processes of this PID namespace.
+pub fn pids() -> Result<Vec<i32>> {
+    numbers("/proc").map_err(|e| Error::io("read /proc", e))
+}
+
+/// Thread ids of a process, ascending.
+pub fn threads(pid: i32) -> Result<Vec<i32>> {
+    let path = format!("/proc/{pid}/task");
+    numbers(&path).map_err(|e| from_io(pid, &path, e))
+}
+
+/// The entries of a directory whose names are numbers, ascending.
+pub(crate) fn numbers(path: &str) -> io::Result<Vec<i32>> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(path)? {
+        numbers.extend(entry?.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 /// Tells a process that has ended (`ENOENT` when it is reaped, `ESRCH` while it is being) from other

@@ -10,6 +10,7 @@ pub mod mapped;
 pub mod mem;
 pub mod pagemap;
 pub mod pidfd;
+pub mod files;
 pub mod ptrace;
 pub mod spawn;
 pub mod uffd;

@@ -1,0 +1,168 @@
+//! What an open file is, decided by its link and type; what can't be moved is named here.
+
+use super::{Capture, Open, clock, pipes};
+use crate::error::Error;
+use crate::manifest::{Epoll, EpollWatch, FileKind, TimerFd};
+use crate::preflight::Blocker;
+use crate::proc::fdinfo;
+use crate::sys::files as sys;
+use std::collections::HashSet;
+use std::os::fd::AsFd;
+
+const TFD_TIMER_ABSTIME: u32 = 1;
+
+/// Devices that are the same everywhere: null, zero, full, random, urandom.
+const HARMLESS: [u64; 5] = [
+    libc::makedev(1, 3),
+    libc::makedev(1, 5),
+    libc::makedev(1, 7),
+    libc::makedev(1, 8),
+    libc::makedev(1, 9),
+];
+
+/// True for the device numbers of terminals: virtual consoles, serial lines, `/dev/tty`, pty pairs.
+pub(super) fn is_terminal(rdev: u64) -> bool {
+    matches!(libc::major(rdev), 2..=5 | 128..=143 | 204 | 229)
+}
+
+/// What the kernel calls its anonymous inodes, and we them.
+const ANONYMOUS: [(&str, &str); 11] = [
+    ("inotify", "an inotify instance"),
+    ("[fanotify]", "a fanotify group"),
+    ("[pidfd]", "a pidfd"),
+    ("[userfaultfd]", "a userfaultfd"),
+    ("[io_uring]", "an io_uring"),
+    ("[perf_event]", "a perf event"),
+    ("bpf-map", "a BPF map"),
+    ("bpf-prog", "a BPF program"),
+    ("bpf_link", "a BPF link"),
+    ("[landlock-ruleset]", "a Landlock ruleset"),
+    ("seccomp notify", "a seccomp listener"),
+];
+
+const CLOSE: &str = "let the program close it; it can't be moved";
+
+impl Capture<'_> {
+    /// What `one` refers to, or why it can't be moved.
+    pub(super) fn kind(&mut self, one: &Open) -> Result<FileKind, Blocker> {
+        if let Some(name) = one.link.strip_prefix(b"anon_inode:") {
+            return self.anonymous(one, name);
+        }
+        if one.is_path_only() && one.link.first() == Some(&b'/') {
+            let file = self.by_path(one)?;
+            return Ok(match one.type_bits() {
+                libc::S_IFDIR => FileKind::Directory(file),
+                _ => FileKind::Regular(file),
+            });
+        }
+        match one.type_bits() {
+            libc::S_IFREG if super::memfd::is_memfd(&one.link) => {
+                self.memfd(one).map(FileKind::Memfd)
+            }
+            _ if one.link.starts_with(b"pidfd:") => Err(one.blocker("a pidfd", CLOSE)),
+            libc::S_IFREG if one.link == b"/secretmem (deleted)" => {
+                Err(one.blocker("secret memory (memfd_secret)", CLOSE))
+            }
+            libc::S_IFREG if one.link.first() != Some(&b'/') => {
+                Err(one.blocker(format!("a kernel object ({})", one.link_text()), CLOSE))
+            }
+            libc::S_IFREG => self.by_path(one).map(FileKind::Regular),
+            libc::S_IFDIR => self.by_path(one).map(FileKind::Directory),
+            libc::S_IFCHR if HARMLESS.contains(&one.stat.st_rdev) => {
+                self.by_path(one).map(FileKind::Device)
+            }
+            libc::S_IFIFO if pipes::is_pipe(one) => self.pipe(one).map(FileKind::Pipe),
+            _ => Err(refuse(one)),
+        }
+    }
+
+    fn anonymous(&mut self, one: &Open, name: &[u8]) -> Result<FileKind, Blocker> {
+        let info = &one.info;
+        let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
+        match name {
+            b"[eventfd]" => info.eventfd.clone().map(FileKind::EventFd).ok_or_else(silent),
+            b"[timerfd]" => self.timer(one),
+            b"[signalfd]" => info.sigmask.map(FileKind::SignalFd).ok_or_else(silent),
+            b"[eventpoll]" => self.epoll(one).map(FileKind::Epoll),
+            _ => {
+                let name = String::from_utf8_lossy(name);
+                let what = ANONYMOUS.iter().find(|(link, _)| *link == name);
+                let other = format!("a kernel object ({name})");
+                Err(one.blocker(what.map_or(other.as_str(), |(_, what)| *what), CLOSE))
+            }
+        }
+    }
+
+    fn timer(&self, one: &Open) -> Result<FileKind, Blocker> {
+        let unknown = |e| Blocker::unknown(one.name(), &e);
+        let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
+        let mut info = one.info.timer.ok_or_else(silent)?;
+        if info.time.value_ns == 0 && info.time.interval_ns != 0 {
+            // A periodic timer rests between its expiration and the next look at it. Asking for the
+            // time left sets it going again, as the read that is to come would, and counts the ticks.
+            let dup = self.duplicate(one)?;
+            let left = sys::timer_left(dup.as_fd())
+                .map_err(|e| unknown(Error::sys("ask for the time left", e)))?;
+            let path = format!("fdinfo/{}", one.fd);
+            let again = crate::proc::read(self.pid, &path).and_then(|text| fdinfo::parse(&text));
+            info = again.map_err(unknown)?.timer.ok_or_else(silent)?;
+            info.time.value_ns = left;
+        }
+        let absolute = info.settime_flags & TFD_TIMER_ABSTIME != 0 && info.time.value_ns != 0;
+        let deadline_ns = if absolute {
+            let now = clock::now_ns(self.pid, info.clock).map_err(unknown)?;
+            now.saturating_add(info.time.value_ns)
+        } else {
+            0
+        };
+        Ok(FileKind::TimerFd(TimerFd {
+            clock: info.clock,
+            ticks: info.ticks,
+            settime_flags: info.settime_flags,
+            time: info.time,
+            deadline_ns,
+        }))
+    }
+
+    /// An epoll set whose entries all refer to what their descriptors refer to now. Any other entry
+    /// could not be added again.
+    fn epoll(&self, one: &Open) -> Result<Epoll, Blocker> {
+        let mut seen = HashSet::new();
+        let mut watches = Vec::with_capacity(one.info.watches.len());
+        for watch in &one.info.watches {
+            let current = sys::watches_current(self.pid, one.fd, watch.fd);
+            if !seen.insert(watch.fd) || !matches!(current, Ok(true)) {
+                return Err(one.blocker(
+                    format!("an epoll set that watches a file by fd {}, since closed", watch.fd),
+                    "let the program remove descriptors from epoll sets before it closes them",
+                ));
+            }
+            watches.push(EpollWatch { fd: watch.fd, events: watch.events, data: watch.data });
+        }
+        // The kernel lists entries in the order of its own addresses.
+        watches.sort_unstable_by_key(|w| w.fd);
+        Ok(Epoll { watches })
+    }
+}
+
+fn refuse(one: &Open) -> Blocker {
+    let stdio = (0..=2).contains(&one.fd);
+    let remedy = |other: &'static str| {
+        if stdio { "redirect it with --stdio null or --stdio FILE" } else { other }
+    };
+    let link = one.link_text();
+    match one.type_bits() {
+        libc::S_IFSOCK => {
+            one.blocker(format!("a socket ({link})"), remedy("let the program close it"))
+        }
+        libc::S_IFIFO => {
+            one.blocker(format!("{link} is a FIFO"), remedy("use a pipe inside the program"))
+        }
+        libc::S_IFCHR if is_terminal(one.stat.st_rdev) => one.blocker(
+            format!("{link} is a terminal"),
+            remedy("start the program without a terminal, or with --stdio"),
+        ),
+        libc::S_IFCHR | libc::S_IFBLK => one.blocker(format!("{link} is a device"), CLOSE),
+        _ => one.blocker(format!("a file of an unknown sort ({link})"), CLOSE),
+    }
+}
