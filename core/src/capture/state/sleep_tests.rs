@@ -2,7 +2,7 @@
 //! can be held against the estimate.
 
 use super::*;
-use crate::arch::syscall_restart::{Resume, Timed, Waiting, resume};
+use crate::arch::syscall_restart::{Resume, Timed, Waiting, name_restarted, resume};
 use crate::capture::state::outside::{Host, thread_outside};
 use crate::capture::state::remote;
 use crate::sys::ptrace;
@@ -103,6 +103,21 @@ fn an_interrupted_sleep_is_finished_in_place() {
     assert!(sleeper.0.wait().expect("wait").success());
     let took = started.elapsed();
     assert!(took > Duration::from_millis(400) && took < Duration::from_secs(30), "{took:?}");
+}
+
+#[test]
+fn a_sleep_stopped_twice_is_recognised() {
+    let sleeper = Sleeper::start("60");
+    let first = sleeper.freeze();
+    ptrace::cont(sleeper.pid(), 0).expect("continue");
+    std::thread::sleep(Duration::from_millis(50));
+    let regs = sleeper.stop();
+    assert_eq!(regs.orig_rax as i64, libc::SYS_restart_syscall);
+    let memory = sleeper.memory();
+    let read = |at: u64, out: &mut [u8]| memory.read_exact_at(out, at).is_ok();
+    let named = name_restarted(&regs, &read);
+    assert_eq!((named.orig_rax, named.rip), (first.orig_rax, first.rip));
+    assert!((1..60_000_000_000).contains(&remote::time_left(&named, &read)));
 }
 
 #[test]
