@@ -58,6 +58,13 @@ pub fn affinity(tid: pid_t) -> nix::Result<Vec<u8>> {
     Ok(mask)
 }
 
+/// Sets the CPUs a thread may run on.
+pub fn set_affinity(tid: pid_t, mask: &[u8]) -> nix::Result<()> {
+    // SAFETY: the kernel reads at most the length given.
+    let ret = unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, mask.len(), mask.as_ptr()) };
+    result(ret).map(drop)
+}
+
 /// `ioprio_get(2)` of a thread.
 pub fn ioprio(tid: pid_t) -> nix::Result<u32> {
     // SAFETY: integers only.

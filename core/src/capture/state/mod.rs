@@ -7,3 +7,4 @@
 pub mod outside;
 pub mod proc_text;
 pub mod remote;
+pub mod sleep;
