@@ -6,4 +6,5 @@ pub mod files;
 pub mod memory;
 pub mod newborn;
 pub mod scratch;
+pub mod settle;
 pub mod state;

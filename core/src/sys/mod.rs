@@ -12,6 +12,7 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod files;
 pub mod ptrace;
+pub mod ring;
 pub mod spawn;
 pub mod uffd;
 pub mod task;

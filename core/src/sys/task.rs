@@ -96,6 +96,19 @@ pub fn can_restore_timer_ids() -> bool {
     unsafe { libc::prctl(PR_TIMER_CREATE_RESTORE_IDS, GET, 0u64, 0u64, 0u64) >= 0 }
 }
 
+/// Has the scheduler run the calling thread before ordinary ones whenever it has something to do: for
+/// threads that others wait for and that never compute for long. Real-time if that is allowed, else
+/// as nice as is.
+pub fn prefer_this_thread() {
+    let parameter = libc::sched_param { sched_priority: 1 };
+    // SAFETY: `parameter` outlives the call; 0 is the calling thread.
+    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const parameter) };
+    if done != 0 {
+        // SAFETY: integers only; 0 is the calling thread on Linux.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

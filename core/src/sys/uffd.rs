@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// `UFFDIO_API` request number.
 pub const UFFDIO_API: u64 = 0xc018_aa3f;
@@ -29,7 +29,7 @@ pub fn register_words(start: u64, len: u64) -> [u64; 4] {
 }
 
 /// What a read of the descriptor yields.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Event {
     /// A thread waits for a page.
     Fault {
@@ -38,10 +38,10 @@ pub enum Event {
         /// Thread, in the PID namespace of the process that reads.
         tid: u32,
     },
-    /// The process forked; the child's userfaultfd was put into our table as this descriptor.
+    /// The process forked.
     Fork {
-        /// Descriptor number.
-        fd: RawFd,
+        /// The child's userfaultfd.
+        child: Uffd,
     },
     /// `mremap` moved pages.
     Remap {
@@ -154,6 +154,12 @@ impl Uffd {
     }
 }
 
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl AsRawFd for Uffd {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
@@ -177,7 +183,12 @@ fn decode(raw: &[u8; MESSAGE_LEN]) -> io::Result<Event> {
     let word = |i: usize| u64::from_le_bytes(raw[i..i + 8].try_into().expect("eight bytes"));
     Ok(match raw[0] {
         0x12 => Event::Fault { address: word(16), tid: word(24) as u32 },
-        0x13 => Event::Fork { fd: word(8) as u32 as RawFd },
+        0x13 => {
+            // SAFETY: with this event the kernel has put a new descriptor into our table, and tells
+            // nobody else about it.
+            let fd = unsafe { OwnedFd::from_raw_fd(word(8) as u32 as RawFd) };
+            Event::Fork { child: Uffd::from_fd(fd) }
+        }
         0x14 => Event::Remap { from: word(8), to: word(16), len: word(24) },
         0x15 => Event::Remove { start: word(8), end: word(16) },
         0x16 => Event::Unmap { start: word(8), end: word(16) },

@@ -1,0 +1,405 @@
+//! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
+
+use crate::error::{Error, Result};
+use crate::pages::{
+    Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SharedRemove, SpaceId,
+    TableMemory, Unregister,
+};
+use crate::protocol::{Figures, PresentRun};
+use hdrhistogram::Histogram;
+use slipstream_core::manifest::{Manifest, MappingKind, vm_flag};
+use slipstream_core::restore::engine::Mapped;
+use slipstream_core::restore::memory::is_lazy;
+use slipstream_core::restore::memory::RING_SLOTS;
+use slipstream_core::sys::ring;
+use slipstream_core::sys::uffd::{Event, Installed, Uffd};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+/// Fault times from a microsecond to a minute, to two digits.
+const FAULT_US_MAX: u64 = 60_000_000;
+
+/// Everything a drain's threads share.
+#[derive(Debug)]
+pub struct Drain {
+    state: RwLock<State>,
+    ring: OwnedFd,
+    /// Signalled when there may be new work for bulk lanes, or an end.
+    news: Condvar,
+    news_lock: Mutex<()>,
+    ended: AtomicBool,
+    failure: Mutex<Option<Error>>,
+    fault_us: Mutex<Histogram<u64>>,
+    huge: Mutex<Vec<PresentRun>>,
+}
+
+/// What the lock protects: see [`crate::pages`] for which half is needed for what.
+#[derive(Debug)]
+pub struct State {
+    /// The pages.
+    pub pages: Pages,
+    uffds: BTreeMap<SpaceId, Uffd>,
+    ring_slot_next: usize,
+}
+
+/// What an event changed, for the thread that waits on descriptors.
+#[derive(Debug)]
+pub enum Happened {
+    /// A thread waits for a page.
+    Fault {
+        /// Where.
+        address: u64,
+        /// Which thread.
+        tid: i32,
+    },
+    /// A child was forked: there is one more descriptor to wait on.
+    Forked(SpaceId),
+    /// Something else was dealt with.
+    Other,
+    /// Nothing to read.
+    Nothing,
+}
+
+/// How much of what arrived went in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivered {
+    /// All that is still wanted.
+    All,
+    /// An event must be read first.
+    Blocked,
+}
+
+impl Drain {
+    /// The drain of a restored process. Pages that came with the manifest are there already.
+    pub fn new(m: &Manifest, mapped: Mapped) -> Result<Self> {
+        let internal = |e: crate::pages::PagesError| Error::Internal(e.to_string());
+        let (regions, aliases) = regions(m);
+        let layout = Layout::new(regions).map_err(internal)?;
+        let len = PageTable::len_bytes(&layout);
+        let table =
+            || TableMemory::anonymous(len).map_err(|e| Error::io("reserve a page table", e));
+        let mut pages = Pages::new(layout, table()?, table()?).map_err(internal)?;
+        for (current, source, len) in aliases {
+            pages.track_alias(current, source, len).map_err(internal)?;
+        }
+        for page in &m.pages {
+            pages.end_copy(SpaceId::PROCESS, page.address, page.bytes.len() as u64);
+        }
+        let fault_us = Histogram::new_with_bounds(1, FAULT_US_MAX, 2)
+            .map_err(|e| Error::Internal(e.to_string()))?;
+        Ok(Self {
+            state: RwLock::new(State {
+                pages,
+                uffds: BTreeMap::from([(SpaceId::PROCESS, mapped.uffd)]),
+                ring_slot_next: 1,
+            }),
+            ring: mapped.ring,
+            news: Condvar::new(),
+            news_lock: Mutex::new(()),
+            ended: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            fault_us: Mutex::new(fault_us),
+            huge: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `f` under the shared half of the lock.
+    pub fn shared<T>(&self, f: impl FnOnce(&State) -> T) -> T {
+        f(&self.read())
+    }
+
+    /// Runs `f` under the exclusive half of the lock.
+    pub fn exclusive<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Reads one event of a space and applies it, in one go under the exclusive half: no copy is
+    /// decided before it and lands after it.
+    pub fn read_event(&self, id: SpaceId) -> Result<Happened> {
+        let happened = self.exclusive(|state| self.apply_event(state, id))?;
+        if matches!(happened, Happened::Forked(_) | Happened::Other) {
+            self.tell_news();
+        }
+        Ok(happened)
+    }
+
+    fn apply_event(&self, state: &mut State, id: SpaceId) -> Result<Happened> {
+        let Some(uffd) = state.uffds.get(&id) else { return Ok(Happened::Nothing) };
+        let event = uffd.read_event().map_err(|e| Error::io("read userfaultfd", e))?;
+        let woken = match event {
+            None => return Ok(Happened::Nothing),
+            Some(Event::Fault { address, tid }) => {
+                return Ok(Happened::Fault { address, tid: tid as i32 });
+            }
+            Some(Event::Fork { child }) => return self.adopt(state, id, child),
+            Some(Event::Remove { start, end }) => {
+                state.pages.remove(id, start, end, SharedRemove::Keep)
+            }
+            Some(Event::Unmap { start, end }) => state.pages.unmap(id, start, end),
+            Some(Event::Remap { from, to, len }) => state.pages.remap(id, from, to, len),
+        };
+        if let Some(uffd) = state.uffds.get(&id)
+            && let Err(e) = uffd.wake(woken.start, woken.end - woken.start)
+        {
+            tracing::debug!("wake {woken:x?}: {e}");
+        }
+        Ok(Happened::Other)
+    }
+
+    /// Takes a forked child's pages over. The ring holds its userfaultfd at once: if this process
+    /// dies, the child's threads wait.
+    fn adopt(&self, state: &mut State, parent: SpaceId, child: Uffd) -> Result<Happened> {
+        if state.ring_slot_next < RING_SLOTS {
+            let slot = state.ring_slot_next as u32;
+            state.ring_slot_next += 1;
+            if let Err(e) = ring::hold(self.ring.as_fd(), slot, child.as_fd()) {
+                tracing::warn!("{e}");
+            }
+        }
+        let len = PageTable::len_bytes(state.pages.layout());
+        let memory =
+            TableMemory::anonymous(len).map_err(|e| Error::io("reserve a page table", e))?;
+        let id = state.pages.fork(parent, memory).map_err(|e| Error::Internal(e.to_string()))?;
+        state.uffds.insert(id, child);
+        Ok(Happened::Forked(id))
+    }
+
+    /// Installs what arrived for a source range, wherever it belongs by now.
+    pub fn deliver(
+        &self,
+        id: SpaceId,
+        source: u64,
+        data: Data<'_>,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<Delivered> {
+        let (outcome, gone) = {
+            let state = self.read();
+            let Some(uffd) = state.uffds.get(&id) else { return Ok(Delivered::All) };
+            match data {
+                Data::Bytes(bytes) => {
+                    state.pages.begin_copy(id, source, bytes.len() as u64, pieces);
+                }
+                Data::Zeros(len) => state.pages.begin_zero(id, source, len, pieces),
+            }
+            install(&state.pages, uffd, id, source, data, pieces)?
+        };
+        if gone {
+            self.space_ended(id);
+        }
+        Ok(outcome)
+    }
+
+    /// An address space is gone: nobody waits there any more.
+    pub fn space_ended(&self, id: SpaceId) {
+        self.exclusive(|state| {
+            state.pages.exit(id);
+            state.uffds.remove(&id);
+        });
+        self.tell_news();
+    }
+
+    /// The next run for a bulk lane.
+    pub fn next_run(&self, max_bytes: u64) -> Option<RunClaim> {
+        self.read().pages.next_run(max_bytes)
+    }
+
+    /// A bulk lane is done with a run.
+    pub fn finish_run(&self, run: &RunClaim) {
+        self.read().pages.finish_run(run);
+        self.tell_news();
+    }
+
+    /// Source pages exist.
+    pub fn present(&self, run: &PresentRun) -> Result<()> {
+        self.read()
+            .pages
+            .present_run(run.start, run.len_bytes)
+            .map_err(|e| Error::Protocol(e.to_string()))?;
+        if run.huge {
+            self.lock(&self.huge).push(*run);
+        }
+        Ok(())
+    }
+
+    /// Source pages don't exist. Large ranges need no fault handling any more.
+    pub fn absent(&self, start: u64, len_bytes: u64) -> Result<Vec<Unregister>> {
+        self.exclusive(|state| state.pages.absent_run(start, len_bytes))
+            .map_err(|e| Error::Protocol(e.to_string()))
+    }
+
+    /// The present map is complete.
+    pub fn map_complete(&self) {
+        self.exclusive(|state| state.pages.map_complete());
+        self.tell_news();
+    }
+
+    /// Runs that huge pages mapped on the source.
+    pub fn huge_runs(&self) -> Vec<PresentRun> {
+        self.lock(&self.huge).clone()
+    }
+
+    /// Every page of every space has arrived or is gone.
+    pub fn complete(&self) -> bool {
+        self.read().pages.complete()
+    }
+
+    /// Notes how long a thread waited for a page.
+    pub fn record_fault(&self, elapsed: Duration) {
+        let us = (elapsed.as_micros() as u64).clamp(1, FAULT_US_MAX);
+        self.lock(&self.fault_us).saturating_record(us);
+    }
+
+    /// How far it is.
+    pub fn figures(&self) -> Figures {
+        let s = self.read().pages.statistics();
+        let faults = self.lock(&self.fault_us);
+        Figures {
+            pages_present: s.pages_present + s.pages_gone,
+            pages_total: s.pages_total,
+            bytes: s.bytes,
+            faults: faults.len(),
+            fault_us_p50: faults.value_at_quantile(0.5),
+            fault_us_p99: faults.value_at_quantile(0.99),
+        }
+    }
+
+    /// Waits for news, for at most `timeout`.
+    pub fn wait_news(&self, timeout: Duration) {
+        let guard = self.lock(&self.news_lock);
+        drop(self.news.wait_timeout(guard, timeout));
+    }
+
+    fn tell_news(&self) {
+        self.news.notify_all();
+    }
+
+    /// Ends the threads: all is done, or has failed.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+        self.tell_news();
+    }
+
+    /// True once the threads shall end.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Notes the first failure and ends the threads.
+    pub fn fail(&self, error: Error) {
+        self.lock(&self.failure).get_or_insert(error);
+        self.end();
+    }
+
+    /// The failure, if there was one.
+    pub fn take_failure(&self) -> Option<Error> {
+        self.lock(&self.failure).take()
+    }
+
+    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What arrived.
+#[derive(Clone, Copy, Debug)]
+pub enum Data<'a> {
+    /// The pages.
+    Bytes(&'a [u8]),
+    /// The source has no such pages; so many bytes.
+    Zeros(u64),
+}
+
+impl State {
+    /// The userfaultfd of a space.
+    pub fn uffd(&self, id: SpaceId) -> Option<&Uffd> {
+        self.uffds.get(&id)
+    }
+}
+
+/// Installs pieces; returns how it went, and whether the address space is gone.
+fn install(
+    pages: &Pages,
+    uffd: &Uffd,
+    id: SpaceId,
+    source: u64,
+    data: Data<'_>,
+    pieces: &[Piece],
+) -> Result<(Delivered, bool)> {
+    for piece in pieces {
+        let len = piece.len_bytes;
+        if piece.kind != PieceKind::Install {
+            let _ = uffd.wake(piece.current_address, len);
+            continue;
+        }
+        let mut done = 0;
+        while done < len {
+            let at = piece.current_address + done;
+            let result = match data {
+                Data::Bytes(bytes) => {
+                    let from = (piece.source_address - source + done) as usize;
+                    uffd.copy(at, &bytes[from..from + (len - done) as usize])
+                }
+                Data::Zeros(_) => uffd.zero(at, len - done),
+            };
+            let page = pages.space(id).and_then(|s| s.locate(at)).map_or(4096, |l| l.page_size);
+            let mut landed = |count: u64| {
+                pages.end_copy(id, piece.source_address + done, count);
+                done += count;
+            };
+            match result.map_err(|e| Error::io(format!("install a page at {at:#x}"), e))? {
+                Installed::All => landed(len - done),
+                Installed::Exists(count) => {
+                    landed(count + page);
+                    let _ = uffd.wake(at + count, page);
+                }
+                Installed::Partly(count) | Installed::NotMapped(count) => {
+                    if count > 0 {
+                        landed(count);
+                    }
+                    return Ok((Delivered::Blocked, false));
+                }
+                Installed::Gone => return Ok((Delivered::All, true)),
+            }
+        }
+    }
+    Ok((Delivered::All, false))
+}
+
+/// The lazy regions of a manifest, and for shared memory mapped several times the further views as
+/// (current address, source address of the first view, length).
+fn regions(m: &Manifest) -> (Vec<Region>, Vec<(u64, u64, u64)>) {
+    let mut regions = Vec::new();
+    let mut aliases = Vec::new();
+    // Object, offset range, source address of the view that is the region.
+    let mut views: Vec<(u32, u64, u64, u64)> = Vec::new();
+    for v in m.mappings.iter().filter(|v| is_lazy(v)) {
+        let len_bytes = v.end - v.start;
+        let shared = v.kind == MappingKind::ShmemAnon as i32;
+        if shared {
+            let first = views.iter().find(|(object, start, end, _)| {
+                *object == v.object && *start <= v.offset && v.offset + len_bytes <= *end
+            });
+            if let Some((_, start, _, source)) = first {
+                aliases.push((v.start, source + (v.offset - start), len_bytes));
+                continue;
+            }
+            views.push((v.object, v.offset, v.offset + len_bytes, v.start));
+        }
+        let stays = vm_flag::DONTFORK | vm_flag::WIPEONFORK;
+        regions.push(Region {
+            start: v.start,
+            len_bytes,
+            page_size: v.page_size,
+            shared,
+            forks: v.flags & stays == 0,
+        });
+    }
+    (regions, aliases)
+}
