@@ -16,7 +16,7 @@ use edge::Edge;
 use kernel::{Kernel, Process, Slot, ThreadState, Touch};
 use std::collections::BTreeMap;
 
-const SEEDS: u64 = 3000;
+const SEEDS: u64 = 8000;
 const STEPS_MAX: u32 = 400_000;
 const HUGE: u64 = 2 << 20;
 /// Where the program maps and moves things: small, so that they often collide.

@@ -83,7 +83,6 @@ pub struct Edge {
     again: Vec<(usize, usize, u64)>,
     /// Pages delivered by bulk or on their way.
     bulk: BTreeSet<(SpaceId, u64)>,
-    unregister_tries: u32,
 }
 
 impl Edge {
@@ -108,7 +107,6 @@ impl Edge {
             open: Vec::new(),
             again: Vec::new(),
             bulk: BTreeSet::new(),
-            unregister_tries: 0,
         }
     }
 
@@ -378,17 +376,21 @@ impl Edge {
             }
             match self.install_piece(kernel, process, &landing, &piece) {
                 Ok(()) => {}
-                Err(CopyError::NotRegistered)
+                Err((CopyError::NotRegistered, page))
                     if piece.doubtful
                         && !kernel.processes[process].changing()
                         && self.open.is_empty() =>
                 {
-                    // By now it is sure: the mapping ended long ago.
-                    self.pages.unmap(landing.space, piece.current_address, end);
+                    // By now it is sure: the mapping of this page ended long ago.
+                    self.pages.unmap(landing.space, page, page + 4096);
                     self.landings.push(landing);
                     return;
                 }
-                Err(CopyError::NoProcess) => break,
+                Err((CopyError::NoProcess, _)) => {
+                    // Until its exit is noticed it may be fetched for again.
+                    self.bulk.retain(|(space, _)| *space != landing.space);
+                    break;
+                }
                 Err(_) => {
                     self.landings.push(landing);
                     return;
@@ -406,20 +408,21 @@ impl Edge {
         }
     }
 
+    /// Page by page, as the edge must do after `ENOENT`; on failure says at which page.
     fn install_piece(
         &self,
         kernel: &mut Kernel,
         process: usize,
         landing: &Landing,
         piece: &Piece,
-    ) -> Result<(), CopyError> {
+    ) -> Result<(), (CopyError, u64)> {
         let end = piece.source_address + piece.len_bytes;
         for (source, (content, size)) in self.source.range(piece.source_address..end) {
             let page = piece.current_address + (source - piece.source_address);
             match kernel.copy(process, page, *content) {
                 Ok(()) => {}
                 Err(CopyError::Exists) => kernel.wake(process, page, page + size),
-                Err(error) => return Err(error),
+                Err(error) => return Err((error, page)),
             }
             self.pages.end_copy(landing.space, *source, *size);
         }

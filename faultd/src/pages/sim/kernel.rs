@@ -310,6 +310,8 @@ impl Kernel {
             ..this.clone()
         };
         copy.map.retain(|_, slot| slot.forks);
+        copy.pages.retain(|page, _| copy.map.contains_key(page));
+        copy.truth.retain(|page, _| copy.map.contains_key(page));
         self.processes.push(copy);
         self.raise(process, thread, [Event::Fork { child }]);
     }
