@@ -430,7 +430,7 @@ mod tests {
         #[test]
         fn behaves_like_a_list_of_states(ops in prop::collection::vec(op(), 0..40)) {
             let (layout, table) = table(192);
-            let mut model = vec![0_u8; 192];
+            let mut model = [0_u8; 192];
             for op in ops {
                 match op {
                     Op::Claim(at, len) => {
