@@ -39,6 +39,8 @@ pub struct Counts {
 
 /// States of all pages of a [`Layout`], indexed by page.
 ///
+/// Page indices are those of the layout; one beyond it is a bug of the caller, and panics.
+///
 /// The memory holds a bitmap of chunks that may hold anything but `Missing`, then the states. Both
 /// are in it so that a table in a file is complete for the daemon that opens it after a crash.
 #[derive(Debug)]
