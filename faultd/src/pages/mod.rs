@@ -17,8 +17,9 @@
 //! - `EAGAIN`, a short count, or `ENOENT` from an ioctl: call `end_copy` for what was done, release
 //!   the lock, read the events, begin again. `ENOENT` says nothing by itself: the kernel finds out
 //!   that a mapping moved before it looks whether the event was read, and an `mremap` raises its
-//!   events one after the other. Only where a [`Piece::doubtful`] mapping goes on answering `ENOENT`
-//!   with no event to read has it ended: `unmap` it, begin again. (Better: after a `REMAP` of
+//!   events one after the other. It also comes when a range isn't all in one mapping, which
+//!   `mprotect` may have split: go page by page. Only where a [`Piece::doubtful`] mapping goes on answering `ENOENT`
+//!   for one page, with no event to read, has it ended: `unmap` that page, begin again. (Better: after a `REMAP` of
 //!   shared memory see in `/proc/PID/maps` whether the old mapping is there, and `unmap` it if not.)
 //! - `EEXIST`: the page is there; `end_copy` it and wake the range (the kernel doesn't).
 //! - [`FaultAction::AlreadyPresent`]: fill with zeros, and wake on `EEXIST`. A page that was installed
@@ -397,7 +398,7 @@ impl Pages {
     /// lane failed: ask a new one for [`Pages::urgent_outstanding`].
     pub fn urgent_done(&self, id: SpaceId, source_address: u64) {
         if let Some(space) = self.spaces.get(&id) {
-            self.prefetch().urgent_done(id, space, source_address, &self.absent);
+            self.prefetch().urgent_done(id, space, source_address);
         }
     }
 
@@ -418,7 +419,7 @@ impl Pages {
     /// not arrived will be picked again.
     pub fn finish_run(&self, run: &RunClaim) {
         if let Some(space) = self.spaces.get(&run.space) {
-            self.prefetch().finish(run, space, &self.absent);
+            self.prefetch().finish(run, space);
         }
     }
 

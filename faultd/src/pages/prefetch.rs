@@ -66,6 +66,8 @@ struct Queue {
 /// The order of prefetch, for all spaces.
 #[derive(Debug, Default)]
 pub(super) struct Prefetch {
+    /// Source pages known to be present.
+    known: IntervalSet,
     queues: BTreeMap<SpaceId, Queue>,
     /// Spaces whose to-do set isn't empty.
     active: BTreeSet<SpaceId>,
@@ -88,7 +90,7 @@ impl Prefetch {
             parent.claims.iter().for_each(|(start, end)| queue.todo.insert(*start..*end));
             for source in &parent.urgent {
                 let page_size = layout.find(*source).map_or(0, Placed::page_size);
-                queue.todo.insert(*source..*source + page_size);
+                insert_known(&mut queue.todo, &self.known, *source..*source + page_size);
             }
         }
         if !queue.todo.is_empty() {
@@ -114,6 +116,7 @@ impl Prefetch {
 
     /// Source pages are known to be present; the range lies in one region.
     pub fn add_present(&mut self, range: &Range<u64>) {
+        self.known.insert(range.clone());
         for (id, queue) in &mut self.queues {
             queue.todo.insert(range.clone());
             self.active.insert(*id);
@@ -122,6 +125,7 @@ impl Prefetch {
 
     /// Source pages are known to be absent.
     pub fn drop_absent(&mut self, range: &Range<u64>) {
+        self.known.remove(range.clone());
         for queue in self.queues.values_mut() {
             queue.todo.remove(range.clone());
             queue.deferred.remove(range.clone());
@@ -156,13 +160,13 @@ impl Prefetch {
     }
 
     /// The urgent lane is done with a page. If it could not be installed it is to do again.
-    pub fn urgent_done(&mut self, id: SpaceId, space: &Space, source: u64, absent: &IntervalSet) {
+    pub fn urgent_done(&mut self, id: SpaceId, space: &Space, source: u64) {
         let Some(queue) = self.queues.get_mut(&id) else { return };
         let Some(placed) = space.layout().find(source) else { return };
         let claimed =
             queue.claims.range(..=source).next_back().is_some_and(|(_, end)| source < *end);
         if queue.urgent.remove(&source) && !claimed {
-            self.requeue(id, space, &(source..source + placed.page_size()), absent);
+            self.requeue(id, space, &(source..source + placed.page_size()));
         }
     }
 
@@ -172,16 +176,16 @@ impl Prefetch {
     }
 
     /// A bulk lane is done with a run, well or not: what has not arrived is to do again.
-    pub fn finish(&mut self, run: &RunClaim, space: &Space, absent: &IntervalSet) {
+    pub fn finish(&mut self, run: &RunClaim, space: &Space) {
         let Some(queue) = self.queues.get_mut(&run.space) else { return };
         if queue.claims.remove(&run.source_address) == Some(run.sources().end) {
-            self.requeue(run.space, space, &run.sources(), absent);
+            self.requeue(run.space, space, &run.sources());
         }
     }
 
     /// Makes what is still requested of a range (in one region) missing and to do. A page that is
     /// urgent too stays requested: the urgent lane will see to it.
-    fn requeue(&mut self, id: SpaceId, space: &Space, range: &Range<u64>, absent: &IntervalSet) {
+    fn requeue(&mut self, id: SpaceId, space: &Space, range: &Range<u64>) {
         let Some(placed) = space.layout().find(range.start) else { return };
         let Some(queue) = self.queues.get_mut(&id) else { return };
         let table = space.table(placed.region.shared);
@@ -201,11 +205,8 @@ impl Prefetch {
                 end = placed.page_of(*urgent);
             }
             table.unclaim(pages.start..end);
-            queue.todo.insert(source..placed.source_of(end));
+            insert_known(&mut queue.todo, &self.known, source..placed.source_of(end));
             pages.start = end;
-        }
-        while let Some(part) = absent_part(absent, range, queue) {
-            queue.todo.remove(part);
         }
         if !queue.todo.is_empty() {
             self.active.insert(id);
@@ -326,9 +327,9 @@ impl Prefetch {
         })
     }
 
-    /// Intervals of the largest to-do set.
+    /// Intervals of the present map.
     pub fn intervals(&self) -> usize {
-        self.queues.values().map(|queue| queue.todo.len()).max().unwrap_or(0)
+        self.known.len()
     }
 }
 
@@ -403,14 +404,12 @@ fn whole_pages(placed: &Placed, part: &Range<u64>) -> Range<u64> {
     part.start / size * size..part.end.next_multiple_of(size)
 }
 
-/// A part of a range that is absent and yet to do.
-fn absent_part(absent: &IntervalSet, range: &Range<u64>, queue: &Queue) -> Option<Range<u64>> {
+/// Adds the parts of a range that are known to be present. Of others the present map has yet to
+/// tell; only the urgent lane asks for such pages.
+fn insert_known(todo: &mut IntervalSet, known: &IntervalSet, range: Range<u64>) {
     let mut at = range.start;
-    while let Some(part) = absent.first_in(at..range.end) {
+    while let Some(part) = known.first_in(at..range.end) {
         at = part.end;
-        if queue.todo.first_in(part.clone()).is_some() {
-            return Some(part);
-        }
+        todo.insert(part);
     }
-    None
 }

@@ -39,6 +39,8 @@ pub struct Counts {
 
 /// States of all pages of a [`Layout`], indexed by page.
 ///
+/// Page indices are those of the layout; one beyond it is a bug of the caller, and panics.
+///
 /// The memory holds a bitmap of chunks that may hold anything but `Missing`, then the states. Both
 /// are in it so that a table in a file is complete for the daemon that opens it after a crash.
 #[derive(Debug)]
@@ -430,7 +432,7 @@ mod tests {
         #[test]
         fn behaves_like_a_list_of_states(ops in prop::collection::vec(op(), 0..40)) {
             let (layout, table) = table(192);
-            let mut model = vec![0_u8; 192];
+            let mut model = [0_u8; 192];
             for op in ops {
                 match op {
                     Op::Claim(at, len) => {

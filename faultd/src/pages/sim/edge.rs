@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 
 thread_local! {
-    /// Makes the edge forget the state check before a copy, to see that the simulator notices.
+    /// Makes the edge read events between the state check and the copy, as if there were no lock.
     pub static CARELESS: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -83,7 +83,6 @@ pub struct Edge {
     again: Vec<(usize, usize, u64)>,
     /// Pages delivered by bulk or on their way.
     bulk: BTreeSet<(SpaceId, u64)>,
-    unregister_tries: u32,
 }
 
 impl Edge {
@@ -108,7 +107,6 @@ impl Edge {
             open: Vec::new(),
             again: Vec::new(),
             bulk: BTreeSet::new(),
-            unregister_tries: 0,
         }
     }
 
@@ -141,7 +139,7 @@ impl Edge {
     // ---- Reading faults and events ----
 
     fn read(&mut self, kernel: &mut Kernel, rng: &mut Rng) {
-        if !self.open.is_empty() {
+        if !self.open.is_empty() && !CARELESS.get() {
             return; // the exclusive half is not to be had
         }
         let process = rng.below(kernel.processes.len() as u64) as usize;
@@ -156,12 +154,12 @@ impl Edge {
             return self.fault(kernel, process, thread, page);
         }
         if let Some(event) = kernel.read_event(process) {
-            self.event(kernel, process, id, event);
+            self.event(kernel, process, id, &event);
         }
     }
 
-    fn event(&mut self, kernel: &mut Kernel, process: usize, id: SpaceId, event: Event) {
-        let wake = match event {
+    fn event(&mut self, kernel: &mut Kernel, process: usize, id: SpaceId, event: &Event) {
+        let wake = match *event {
             Event::Remove { start, end, punch } => {
                 let shared = if punch { SharedRemove::Punch } else { SharedRemove::Keep };
                 self.pages.remove(id, start, end, shared)
@@ -350,15 +348,6 @@ impl Edge {
         } else {
             self.pages.begin_copy(space, source, len, &mut pieces);
         }
-        if CARELESS.get() {
-            pieces = vec![Piece {
-                kind: PieceKind::Install,
-                current_address: source,
-                source_address: source,
-                len_bytes: len,
-                doubtful: true,
-            }];
-        }
         self.open.push(Open { landing, pieces });
     }
 
@@ -378,17 +367,21 @@ impl Edge {
             }
             match self.install_piece(kernel, process, &landing, &piece) {
                 Ok(()) => {}
-                Err(CopyError::NotRegistered)
+                Err((CopyError::NotRegistered, page))
                     if piece.doubtful
                         && !kernel.processes[process].changing()
                         && self.open.is_empty() =>
                 {
-                    // By now it is sure: the mapping ended long ago.
-                    self.pages.unmap(landing.space, piece.current_address, end);
+                    // By now it is sure: the mapping of this page ended long ago.
+                    self.pages.unmap(landing.space, page, page + 4096);
                     self.landings.push(landing);
                     return;
                 }
-                Err(CopyError::NoProcess) => break,
+                Err((CopyError::NoProcess, _)) => {
+                    // Until its exit is noticed it may be fetched for again.
+                    self.bulk.retain(|(space, _)| *space != landing.space);
+                    break;
+                }
                 Err(_) => {
                     self.landings.push(landing);
                     return;
@@ -406,20 +399,21 @@ impl Edge {
         }
     }
 
+    /// Page by page, as the edge must do after `ENOENT`; on failure says at which page.
     fn install_piece(
         &self,
         kernel: &mut Kernel,
         process: usize,
         landing: &Landing,
         piece: &Piece,
-    ) -> Result<(), CopyError> {
+    ) -> Result<(), (CopyError, u64)> {
         let end = piece.source_address + piece.len_bytes;
         for (source, (content, size)) in self.source.range(piece.source_address..end) {
             let page = piece.current_address + (source - piece.source_address);
             match kernel.copy(process, page, *content) {
                 Ok(()) => {}
                 Err(CopyError::Exists) => kernel.wake(process, page, page + size),
-                Err(error) => return Err(error),
+                Err(error) => return Err((error, page)),
             }
             self.pages.end_copy(landing.space, *source, *size);
         }

@@ -151,7 +151,11 @@ impl Kernel {
                     None => (process.pages.get(page), process.truth.get(page)),
                 };
                 let (content, truth) = (content.unwrap_or(&0), truth.unwrap_or(&0));
-                assert_eq!(content, truth, "page {page:#x} of {:?} at the end", process.id);
+                assert!(
+                    content == truth,
+                    "wrong bytes at the end: page {page:#x} of {:?} holds {content}, not {truth}",
+                    process.id
+                );
             }
         }
     }
@@ -178,21 +182,22 @@ impl Kernel {
             Some(object) => (&mut self.object, &mut self.object_truth, object),
             None => (&mut this.pages, &mut this.truth, page),
         };
-        if !content.contains_key(&key) {
-            if slot.registered {
-                this.faults.push_back((thread, page));
-                this.threads[thread] = ThreadState::Faulting(touch);
-                return;
-            }
-            content.insert(key, 0);
+        if !content.contains_key(&key) && slot.registered {
+            this.faults.push_back((thread, page));
+            this.threads[thread] = ThreadState::Faulting(touch);
+            return;
         }
-        let found = content[&key];
+        let found = *content.entry(key).or_insert(0);
         if let Some(write) = touch.write {
             content.insert(key, write);
             truth.insert(key, write);
         } else if !(found == 0 && (zapping || punching)) {
             let truth = truth.get(&key).copied().unwrap_or(0);
-            assert_eq!(found, truth, "page {page:#x} of {:?} holds wrong bytes", this.id);
+            assert!(
+                found == truth,
+                "wrong bytes: page {page:#x} of {:?} holds {found}, not {truth}",
+                this.id
+            );
         }
     }
 
@@ -310,6 +315,8 @@ impl Kernel {
             ..this.clone()
         };
         copy.map.retain(|_, slot| slot.forks);
+        copy.pages.retain(|page, _| copy.map.contains_key(page));
+        copy.truth.retain(|page, _| copy.map.contains_key(page));
         self.processes.push(copy);
         self.raise(process, thread, [Event::Fork { child }]);
     }
