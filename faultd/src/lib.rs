@@ -1,4 +1,15 @@
 //! The two sides of a migration and the page-fault service between them.
 
+pub mod agent;
+pub mod clocks;
+pub mod control;
+pub mod dest;
+pub mod error;
 pub mod events;
+pub mod failpoints;
 pub mod pages;
+pub mod protocol;
+pub mod rundir;
+pub mod source;
+
+pub use error::{Error, Result};

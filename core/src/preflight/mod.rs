@@ -1,5 +1,9 @@
 //! What is found out before anything is frozen: all that would stop a migration, in one pass.
 
+pub mod destination;
+pub mod requirements;
+pub mod source;
+
 use std::fmt;
 
 /// Something that can't be moved as it is, or is missing at the destination.

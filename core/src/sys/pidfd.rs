@@ -74,6 +74,24 @@ impl PidFd {
         }
     }
 
+    /// Has the kernel put the pages of a range together into huge pages (`MADV_COLLAPSE`, Linux 6.1).
+    pub fn collapse(&self, start: u64, len: u64) -> nix::Result<()> {
+        const MADV_COLLAPSE: i32 = 25;
+        let range = libc::iovec { iov_base: start as *mut libc::c_void, iov_len: len as usize };
+        // SAFETY: `range` outlives the call; its address belongs to the other process.
+        let ret = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                self.fd.as_raw_fd(),
+                &raw const range,
+                1,
+                MADV_COLLAPSE,
+                0,
+            )
+        };
+        Errno::result(ret).map(drop)
+    }
+
     /// True when the process has exited (it may still be a zombie).
     pub fn exited(&self) -> bool {
         self.wait_exit(Duration::ZERO)

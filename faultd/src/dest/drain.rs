@@ -70,6 +70,8 @@ pub enum Delivered {
     All,
     /// An event must be read first.
     Blocked,
+    /// The kernel has no mapping for this page, and perhaps an event that says so.
+    NotMapped(Piece),
 }
 
 impl Drain {
@@ -194,6 +196,15 @@ impl Drain {
             self.space_ended(id);
         }
         Ok(outcome)
+    }
+
+    /// A page for which the kernel goes on having no mapping, with no event to say why: it is taken as
+    /// unmapped, so that nothing waits for it for ever.
+    pub fn give_up(&self, id: SpaceId, piece: &Piece) {
+        tracing::warn!("nothing is mapped at {:#x}; its page is dropped", piece.current_address);
+        let (start, len) = (piece.current_address, 4096);
+        self.exclusive(|state| state.pages.unmap(id, start, start + len));
+        self.tell_news();
     }
 
     /// An address space is gone: nobody waits there any more.
@@ -338,15 +349,16 @@ fn install(
             let _ = uffd.wake(piece.current_address, len);
             continue;
         }
-        let mut done = 0;
+        let (mut done, mut part) = (0, len);
         while done < len {
             let at = piece.current_address + done;
+            let want = part.min(len - done);
             let result = match data {
                 Data::Bytes(bytes) => {
                     let from = (piece.source_address - source + done) as usize;
-                    uffd.copy(at, &bytes[from..from + (len - done) as usize])
+                    uffd.copy(at, &bytes[from..from + want as usize])
                 }
-                Data::Zeros(_) => uffd.zero(at, len - done),
+                Data::Zeros(_) => uffd.zero(at, want),
             };
             let page = pages.space(id).and_then(|s| s.locate(at)).map_or(4096, |l| l.page_size);
             let mut landed = |count: u64| {
@@ -354,17 +366,19 @@ fn install(
                 done += count;
             };
             match result.map_err(|e| Error::io(format!("install a page at {at:#x}"), e))? {
-                Installed::All => landed(len - done),
+                Installed::All => landed(want),
                 Installed::Exists(count) => {
                     landed(count + page);
                     let _ = uffd.wake(at + count, page);
                 }
-                Installed::Partly(count) | Installed::NotMapped(count) => {
-                    if count > 0 {
-                        landed(count);
-                    }
+                Installed::Partly(count) => {
+                    landed(count);
                     return Ok((Delivered::Blocked, false));
                 }
+                // A copy never spans two mappings (one `mprotect` makes two): go on page by page.
+                Installed::NotMapped(0) if part > page => part = page,
+                Installed::NotMapped(0) => return Ok((Delivered::NotMapped(*piece), false)),
+                Installed::NotMapped(count) => landed(count),
                 Installed::Gone => return Ok((Delivered::All, true)),
             }
         }

@@ -10,7 +10,7 @@ use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::capture::state::outside::Host;
 use slipstream_core::preflight::Blocker;
 use slipstream_core::preflight::source::{Options, SourceReport, check_process};
-use slipstream_core::proc::holders::Holders;
+use slipstream_core::proc::holders::{Holders, objects_of};
 use slipstream_core::proc::{maps, smaps};
 use slipstream_core::sys::mem::ProcMem;
 
@@ -39,7 +39,7 @@ fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
     let lines = maps::read(pid)?;
     Ok(Prior {
         host: Host::read()?,
-        holders: Holders::look(pid, &lines)?,
+        holders: Holders::find(pid, objects_of(pid, &lines)?)?,
         smaps: smaps::read(pid)?,
         stdio: stdio.clone(),
     })

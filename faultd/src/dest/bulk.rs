@@ -1,0 +1,150 @@
+//! Prefetch: one thread a bulk lane. It keeps the lane's pipeline full with runs, and installs what
+//! arrives.
+
+use crate::dest::drain::{Data, Delivered, Drain};
+use crate::dest::faults::unreadable;
+use crate::error::Result;
+use crate::pages::{Piece, RunClaim};
+use slipstream_transport::{Block, Content, PageLane, PageReply, PageRequest};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Bytes asked for and not answered: enough to keep both ends busy over a data centre's delay.
+const WINDOW_BYTES: u64 = 2 << 20;
+/// Longest run asked for at once.
+const RUN_BYTES_MAX: u64 = 256 << 10;
+/// Longest wait for work before looking whether the drain has ended.
+const IDLE: Duration = Duration::from_millis(20);
+/// Pause while the fault thread reads the event that keeps a copy out.
+const BLOCKED_PAUSE: Duration = Duration::from_micros(20);
+/// A page with no mapping and no event that says why is given up after this.
+const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
+
+struct Worker {
+    drain: Arc<Drain>,
+    lane: Box<dyn PageLane>,
+    runs: VecDeque<Run>,
+    pieces: Vec<Piece>,
+}
+
+/// A run under way.
+struct Run {
+    claim: RunClaim,
+    answered: u64,
+    /// Page size of the region; larger than 4096 only for huge pages, which are put together here.
+    page_size: u64,
+    partial: Vec<u8>,
+}
+
+/// Starts the thread of a lane. Failures are noted in the drain.
+pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut worker = Worker { drain, lane, runs: VecDeque::new(), pieces: Vec::new() };
+        if let Err(e) = worker.run() {
+            for run in &worker.runs {
+                worker.drain.finish_run(&run.claim);
+            }
+            worker.drain.fail(e);
+        }
+    })
+}
+
+impl Worker {
+    fn run(&mut self) -> Result<()> {
+        while !self.drain.has_ended() {
+            self.fill()?;
+            if self.runs.is_empty() {
+                self.drain.wait_news(IDLE);
+                continue;
+            }
+            self.take_reply()?;
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self) -> Result<()> {
+        while self.lane.outstanding_bytes() < WINDOW_BYTES {
+            let Some(claim) = self.drain.next_run(RUN_BYTES_MAX) else { break };
+            let page_size = self.drain.shared(|state| {
+                let space = state.pages.space(claim.space);
+                space.and_then(|s| s.locate(claim.current_address)).map_or(4096, |l| l.page_size)
+            });
+            let request =
+                PageRequest { address: claim.source_address, len_bytes: claim.len_bytes as u32 };
+            self.runs.push_back(Run { claim, answered: 0, page_size, partial: Vec::new() });
+            self.lane.post(request)?;
+        }
+        Ok(self.lane.flush()?)
+    }
+
+    fn take_reply(&mut self) -> Result<()> {
+        let until = Block::Until(Instant::now() + IDLE);
+        let Some(reply) = self.lane.next(until)? else { return Ok(()) };
+        let Some(index) = self.runs.iter().position(|r| r.claim.sources().contains(&reply.address))
+        else {
+            return Ok(());
+        };
+        let run = &mut self.runs[index];
+        run.answered += u64::from(reply.len_bytes);
+        land(&self.drain, run, &reply, &mut self.pieces)?;
+        if run.answered >= run.claim.len_bytes {
+            let claim = run.claim;
+            self.runs.remove(index);
+            self.drain.finish_run(&claim);
+        }
+        Ok(())
+    }
+}
+
+/// Installs a reply; of huge pages, as soon as one is whole.
+fn land(drain: &Drain, run: &mut Run, reply: &PageReply<'_>, pieces: &mut Vec<Piece>) -> Result<()> {
+    let len = u64::from(reply.len_bytes);
+    if run.page_size == 4096 {
+        return match reply.content {
+            Content::Data(bytes) => {
+                deliver(drain, run, reply.address, Data::Bytes(bytes), pieces)
+            }
+            Content::Absent => deliver(drain, run, reply.address, Data::Zeros(len), pieces),
+            Content::Failed(errno) => Err(unreadable(reply.address, errno)),
+        };
+    }
+    match reply.content {
+        Content::Data(bytes) => run.partial.extend_from_slice(bytes),
+        Content::Absent => run.partial.resize(run.partial.len() + len as usize, 0),
+        Content::Failed(errno) => return Err(unreadable(reply.address, errno)),
+    }
+    let size = run.page_size as usize;
+    while run.partial.len() >= size {
+        let arrived = run.partial.len() as u64;
+        let source = reply.address + len - arrived;
+        let page: Vec<u8> = run.partial.drain(..size).collect();
+        deliver(drain, run, source, Data::Bytes(&page), pieces)?;
+    }
+    Ok(())
+}
+
+fn deliver(
+    drain: &Drain,
+    run: &Run,
+    source: u64,
+    data: Data<'_>,
+    pieces: &mut Vec<Piece>,
+) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        match drain.deliver(run.claim.space, source, data, pieces)? {
+            Delivered::All => return Ok(()),
+            Delivered::NotMapped(piece) if began.elapsed() > NOT_MAPPED_MAX => {
+                drain.give_up(run.claim.space, &piece);
+            }
+            Delivered::Blocked | Delivered::NotMapped(_) => {
+                if drain.has_ended() {
+                    return Ok(());
+                }
+                std::thread::sleep(BLOCKED_PAUSE);
+            }
+        }
+    }
+}

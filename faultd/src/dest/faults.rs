@@ -1,0 +1,291 @@
+//! The fault service: one thread for all userfaultfds and the urgent lane.
+//!
+//! A fault is resolved on the thread that polls: handing it to another doubles its time. The thread
+//! also reads every other event, so a copy that the kernel refuses while an event is unread is simply
+//! tried again after the next round.
+
+use crate::dest::drain::{Data, Delivered, Drain, Happened};
+use crate::error::{Error, Result};
+use crate::pages::{FaultAction, Piece, SpaceId};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use slipstream_core::sys::task;
+use slipstream_transport::{Block, Content, PageLane, PageRequest};
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// The descriptor of the urgent lane among those of spaces.
+const LANE: u64 = u64::MAX;
+/// How often an idle thread looks whether it shall end.
+const IDLE_MS: u16 = 50;
+/// Events read in a row before copies get their turn.
+const EVENTS_IN_A_ROW: usize = 64;
+/// A page with no mapping and no event that says why is given up after this.
+const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
+
+/// A page asked for on the urgent lane.
+#[derive(Debug)]
+struct Asked {
+    space: SpaceId,
+    len_bytes: u64,
+    since: Instant,
+    /// What has arrived of a huge page, which can only be installed whole.
+    arrived: Vec<u8>,
+    absent: bool,
+}
+
+/// A page that arrived but could not be installed yet.
+#[derive(Debug)]
+struct Stuck {
+    source: u64,
+    asked: Asked,
+    since: Instant,
+}
+
+struct Service {
+    drain: Arc<Drain>,
+    lane: Box<dyn PageLane>,
+    epoll: Epoll,
+    asked: HashMap<u64, Vec<Asked>>,
+    stuck: Vec<Stuck>,
+    pieces: Vec<Piece>,
+}
+
+/// Starts the thread. Failures are noted in the drain.
+pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()>> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+        .map_err(|e| Error::io("epoll_create", e.into()))?;
+    let mut service = Service {
+        drain,
+        lane,
+        epoll,
+        asked: HashMap::new(),
+        stuck: Vec::new(),
+        pieces: Vec::new(),
+    };
+    service.watch_lane()?;
+    service.watch_space(SpaceId::PROCESS)?;
+    Ok(std::thread::spawn(move || {
+        task::prefer_this_thread();
+        if let Err(e) = service.run() {
+            service.drain.fail(e);
+        }
+    }))
+}
+
+impl Service {
+    fn watch_lane(&self) -> Result<()> {
+        let Some(fd) = self.lane.raw_fd() else {
+            return Err(Error::Internal("an urgent lane without a descriptor".into()));
+        };
+        // SAFETY: the lane owns the descriptor and lives as long as this service, whose epoll set goes
+        // with it.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        self.epoll
+            .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, LANE))
+            .map_err(|e| Error::io("watch the urgent lane", e.into()))
+    }
+
+    fn watch_space(&self, id: SpaceId) -> Result<()> {
+        self.drain.shared(|state| {
+            let Some(uffd) = state.uffd(id) else { return Ok(()) };
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, u64::from(id.0));
+            self.epoll.add(uffd, event).map_err(|e| Error::io("watch a userfaultfd", e.into()))
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let mut ready = [EpollEvent::empty(); 16];
+        while !self.drain.has_ended() {
+            let timeout = if self.stuck.is_empty() {
+                EpollTimeout::from(IDLE_MS)
+            } else {
+                EpollTimeout::from(1u16)
+            };
+            let count = match self.epoll.wait(&mut ready, timeout) {
+                Ok(count) => count,
+                Err(nix::errno::Errno::EINTR) => 0,
+                Err(e) => return Err(Error::io("wait for faults", e.into())),
+            };
+            for event in &ready[..count] {
+                match event.data() {
+                    LANE => self.arrivals()?,
+                    id => self.events(SpaceId(id as u32))?,
+                }
+            }
+            self.retry_stuck()?;
+        }
+        Ok(())
+    }
+
+    /// Reads what a space has to say.
+    fn events(&mut self, id: SpaceId) -> Result<()> {
+        for _ in 0..EVENTS_IN_A_ROW {
+            match self.drain.read_event(id)? {
+                Happened::Nothing => break,
+                Happened::Other => {}
+                Happened::Forked(child) => self.watch_space(child)?,
+                Happened::Fault { address, tid } => self.fault(id, address, tid)?,
+            }
+        }
+        self.lane.flush()?;
+        Ok(())
+    }
+
+    fn fault(&mut self, id: SpaceId, address: u64, tid: i32) -> Result<()> {
+        let since = Instant::now();
+        // Decided and done under one guard: an event may not come in between.
+        let action = self.drain.shared(|state| -> Result<_> {
+            let action = state.pages.fault(id, tid, address);
+            let Some(uffd) = state.uffd(id) else { return Ok(None) };
+            match action {
+                Ok(
+                    FaultAction::Zero { start, len_bytes }
+                    | FaultAction::AlreadyPresent { start, len_bytes },
+                ) => {
+                    fill_zero(uffd, start, len_bytes)?;
+                    Ok(None)
+                }
+                Ok(FaultAction::Fetch { source_address, len_bytes, .. }) => {
+                    Ok(Some((source_address, len_bytes)))
+                }
+                Ok(FaultAction::Wait) | Err(_) => Ok(None),
+            }
+        })?;
+        if let Some((source, len_bytes)) = action {
+            let asked =
+                Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
+            let waiting = self.asked.entry(source).or_default();
+            waiting.push(asked);
+            // Another space may be waiting for the same source page already.
+            if waiting.len() == 1 {
+                self.lane.post(PageRequest { address: source, len_bytes: len_bytes as u32 })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what the urgent lane has brought.
+    fn arrivals(&mut self) -> Result<()> {
+        loop {
+            let Some(reply) = self.lane.next(Block::No)? else { return Ok(()) };
+            let (address, len) = (reply.address, u64::from(reply.len_bytes));
+            // Pages of an ordinary size come whole; a huge page comes in parts, from its first on.
+            let Some((source, waiting)) = find_asked(&mut self.asked, address) else {
+                continue;
+            };
+            let whole = waiting.first().is_some_and(|a| a.len_bytes == len);
+            match reply.content {
+                Content::Data(bytes) if whole => {
+                    let bytes = bytes.to_vec();
+                    self.finish(source, bytes, false)?;
+                }
+                Content::Absent if whole => self.finish(source, Vec::new(), true)?,
+                Content::Data(bytes) => {
+                    let first = &mut waiting[0];
+                    first.arrived.extend_from_slice(bytes);
+                    if first.arrived.len() as u64 == first.len_bytes {
+                        let bytes = std::mem::take(&mut first.arrived);
+                        self.finish(source, bytes, false)?;
+                    }
+                }
+                Content::Absent => {
+                    let first = &mut waiting[0];
+                    first.arrived.resize(first.arrived.len() + len as usize, 0);
+                    if first.arrived.len() as u64 == first.len_bytes {
+                        let bytes = std::mem::take(&mut first.arrived);
+                        self.finish(source, bytes, false)?;
+                    }
+                }
+                Content::Failed(errno) => return Err(unreadable(address, errno)),
+            }
+        }
+    }
+
+    /// A page is complete: every space that waits for it gets it.
+    fn finish(&mut self, source: u64, bytes: Vec<u8>, absent: bool) -> Result<()> {
+        for mut asked in self.asked.remove(&source).unwrap_or_default() {
+            asked.absent = absent;
+            asked.arrived.clone_from(&bytes);
+            let stuck = Stuck { source, asked, since: Instant::now() };
+            if let Some(stuck) = self.install(stuck)? {
+                self.stuck.push(stuck);
+            }
+        }
+        Ok(())
+    }
+
+    /// Installs a page; gives it back if an event must be read first.
+    fn install(&mut self, stuck: Stuck) -> Result<Option<Stuck>> {
+        let Stuck { source, asked, since } = stuck;
+        let data = if asked.absent {
+            Data::Zeros(asked.len_bytes)
+        } else {
+            Data::Bytes(&asked.arrived)
+        };
+        match self.drain.deliver(asked.space, source, data, &mut self.pieces)? {
+            Delivered::All => {
+                self.drain.shared(|state| state.pages.urgent_done(asked.space, source));
+                self.drain.record_fault(asked.since.elapsed());
+                Ok(None)
+            }
+            Delivered::NotMapped(piece) if since.elapsed() > NOT_MAPPED_MAX => {
+                self.drain.give_up(asked.space, &piece);
+                Ok(Some(Stuck { source, asked, since }))
+            }
+            Delivered::Blocked | Delivered::NotMapped(_) => {
+                Ok(Some(Stuck { source, asked, since }))
+            }
+        }
+    }
+
+    fn retry_stuck(&mut self) -> Result<()> {
+        for stuck in std::mem::take(&mut self.stuck) {
+            if let Some(stuck) = self.install(stuck)? {
+                self.stuck.push(stuck);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The request that a reply at `address` belongs to.
+fn find_asked(
+    asked: &mut HashMap<u64, Vec<Asked>>,
+    address: u64,
+) -> Option<(u64, &mut Vec<Asked>)> {
+    if asked.contains_key(&address) {
+        return asked.get_mut(&address).map(|a| (address, a));
+    }
+    asked
+        .iter_mut()
+        .find(|(start, a)| {
+            a.first().is_some_and(|f| address.wrapping_sub(**start) < f.len_bytes)
+        })
+        .map(|(start, a)| (*start, a))
+}
+
+/// The source could not read a page that it said exists.
+pub fn unreadable(address: u64, errno: i32) -> Error {
+    let why = nix::errno::Errno::from_raw(errno);
+    Error::Protocol(format!("the source can't read the page at {address:#x}: {why}"))
+}
+
+/// Fills a missing page with zeros; wakes if it is there.
+fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> Result<()> {
+    use slipstream_core::sys::uffd::Installed;
+    // The kernel has no ZEROPAGE for huge pages.
+    let result = if len == 4096 {
+        uffd.zero(start, len)
+    } else {
+        uffd.copy(start, &vec![0u8; len as usize])
+    };
+    match result {
+        Ok(Installed::All | Installed::Gone) => Ok(()),
+        // Present, or no longer what it was: the access is tried again and says what it wants.
+        Ok(_) => uffd.wake(start, len).map_err(|e| Error::io("wake a thread", e)),
+        Err(e) => Err(Error::io(format!("fill the page at {start:#x} with zeros"), e)),
+    }
+}

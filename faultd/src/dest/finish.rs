@@ -1,0 +1,107 @@
+//! The end of a drain: nothing of Slipstream stays in the process, nor in children it forked.
+
+use crate::dest::drain::Drain;
+use crate::error::Result;
+use crate::pages::SpaceId;
+use crate::protocol::PresentRun;
+use slipstream_core::manifest::{Manifest, vm_flag};
+use slipstream_core::proc::maps;
+use slipstream_core::restore::settle::{lock_range, unmap_range};
+use slipstream_core::sys::pidfd::PidFd;
+use slipstream_core::sys::uffd::Uffd;
+use std::ops::Range;
+use std::time::Duration;
+
+/// For a thread of a running process to stop for a moment.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Passes over the address space: mappings may change during one.
+const PASSES: usize = 3;
+
+/// Ends fault handling, removes our mappings, and puts back what had to wait for the last page.
+/// `ours` is the scratch range.
+pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &Range<u64>) -> Result<()> {
+    let pid = process.pid();
+    unregister_process(drain, pid);
+    unregister_children(drain);
+    for member in namespace_members(pid) {
+        leave(member, ours);
+    }
+    if !process.exited() {
+        collapse(process, &drain.huge_runs());
+        lock_again(pid, m);
+    }
+    Ok(())
+}
+
+/// Unregisters all mappings of the process. What is missed here ends when the last reference goes.
+fn unregister_process(drain: &Drain, pid: i32) {
+    for _ in 0..PASSES {
+        let Ok(lines) = maps::read(pid) else { return };
+        drain.shared(|state| {
+            let Some(uffd) = state.uffd(SpaceId::PROCESS) else { return };
+            for line in lines {
+                // Mappings that can't be registered answer EINVAL.
+                let _ = uffd.unregister(line.start, line.len());
+            }
+        });
+    }
+}
+
+fn unregister_children(drain: &Drain) {
+    drain.shared(|state| {
+        for id in state.pages.spaces().filter(|id| *id != SpaceId::PROCESS) {
+            let (Some(space), Some(uffd)) = (state.pages.space(id), state.uffd(id)) else {
+                continue;
+            };
+            unregister_spans(space.currents_of(0..u64::MAX).iter().map(|s| s.current()), uffd);
+        }
+    });
+}
+
+fn unregister_spans(spans: impl Iterator<Item = Range<u64>>, uffd: &Uffd) {
+    for span in spans {
+        let _ = uffd.unregister(span.start, span.end - span.start);
+    }
+}
+
+/// Processes in the same PID namespace, as this host numbers them.
+fn namespace_members(pid: i32) -> Vec<i32> {
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let Some(own) = namespace(pid) else { return Vec::new() };
+    let Ok(dir) = std::fs::read_dir("/proc") else { return vec![pid] };
+    dir.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|other| namespace(*other).as_ref() == Some(&own))
+        .collect()
+}
+
+/// Removes our mappings from a process, if it has them.
+fn leave(pid: i32, ours: &Range<u64>) {
+    let Ok(lines) = maps::read(pid) else { return };
+    if !lines.iter().any(|l| ours.contains(&l.start)) {
+        return;
+    }
+    match unmap_range(pid, ours, STOP_TIMEOUT) {
+        Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
+        Err(e) => tracing::warn!("{e}"),
+    }
+}
+
+/// Puts huge pages together again where the source had them.
+fn collapse(process: &PidFd, runs: &[PresentRun]) {
+    for run in runs {
+        if let Err(e) = process.collapse(run.start, run.len_bytes) {
+            // No huge page free, or the mapping has changed: ordinary pages do as well.
+            tracing::debug!("collapse {:#x}: {e}", run.start);
+        }
+    }
+}
+
+/// `mlock` proper: during the drain only pages that had arrived could be locked.
+fn lock_again(pid: i32, m: &Manifest) {
+    let locked = |flags: u32| flags & vm_flag::LOCKED != 0 && flags & vm_flag::LOCKONFAULT == 0;
+    for v in m.mappings.iter().filter(|v| locked(v.flags)) {
+        if let Err(e) = lock_range(pid, v.start, v.end - v.start, STOP_TIMEOUT) {
+            tracing::warn!("{e}");
+        }
+    }
+}

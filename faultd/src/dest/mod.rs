@@ -1,0 +1,7 @@
+//! The destination's side of a migration.
+
+pub mod bulk;
+pub mod drain;
+pub mod faults;
+pub mod finish;
+pub mod session;
