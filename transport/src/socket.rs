@@ -126,23 +126,29 @@ impl Socket {
         Ok(())
     }
 
-    /// Waits for any of `events`; false when the time is over.
+    /// Waits for any of `events` (or an error, which the next call will show); false when the time is over.
     pub(crate) fn wait(&self, events: PollFlags, block: Block) -> Result<bool> {
+        self.wait_which(events, block).map(|which| which.is_some())
+    }
+
+    /// Waits for any of `events` and says which came; None when the time is over.
+    pub(crate) fn wait_which(&self, events: PollFlags, block: Block) -> Result<Option<PollFlags>> {
         loop {
             let timeout = match block {
-                Block::No => return Ok(false),
+                Block::No => return Ok(None),
                 Block::Forever => None,
                 Block::Until(until) => {
                     let left = until.saturating_duration_since(Instant::now());
                     if left == Duration::ZERO {
-                        return Ok(false);
+                        return Ok(None);
                     }
                     Some(TimeSpec::from_duration(left))
                 }
             };
-            match ppoll(&mut [PollFd::new(self.fd.as_fd(), events)], timeout, None) {
+            let mut fds = [PollFd::new(self.fd.as_fd(), events)];
+            match ppoll(&mut fds, timeout, None) {
                 Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(true),
+                Ok(_) => return Ok(Some(fds[0].revents().unwrap_or(events))),
                 Err(errno) => return Err(self.io("waiting", errno)),
             }
         }
