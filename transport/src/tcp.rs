@@ -190,6 +190,9 @@ impl PageServer {
             }
             // No more requests are here: whoever waits for these replies must not wait any longer.
             self.flush()?;
+            if self.reader.has_record() {
+                continue; // It came while the replies left.
+            }
             if self.reader.fill(&self.socket, Block::Forever)? == Fill::End {
                 return Ok(());
             }
