@@ -14,6 +14,8 @@ const BODY_LEN_BYTES_MAX: usize = u16::MAX as usize;
 const HEAD_LEN_BYTES: usize = 2;
 /// Most plaintext in a record.
 pub(crate) const PLAIN_LEN_BYTES_MAX: usize = BODY_LEN_BYTES_MAX - TAG_LEN_BYTES;
+/// What a record has on the wire beside its plaintext.
+pub(crate) const RECORD_OVERHEAD_BYTES: usize = HEAD_LEN_BYTES + TAG_LEN_BYTES;
 /// A record on the wire at its longest.
 pub(crate) const RECORD_LEN_BYTES_MAX: usize = HEAD_LEN_BYTES + BODY_LEN_BYTES_MAX;
 
@@ -51,8 +53,7 @@ impl RecordWriter {
 
     /// Plaintext that the open record can still take.
     pub(crate) fn room(&self) -> usize {
-        let overhead = HEAD_LEN_BYTES + TAG_LEN_BYTES;
-        let free = (self.buf.len() - self.sealed).saturating_sub(overhead);
+        let free = (self.buf.len() - self.sealed).saturating_sub(RECORD_OVERHEAD_BYTES);
         free.min(PLAIN_LEN_BYTES_MAX) - self.open_len
     }
 
@@ -121,7 +122,7 @@ pub(crate) enum Fill {
     More,
     /// Nothing came in time.
     NotYet,
-    /// The peer ended the connection behind a whole record.
+    /// The peer ended the connection.
     End,
 }
 
@@ -198,19 +199,39 @@ impl RecordReader {
         if std::mem::take(&mut self.drained) && block == Block::No {
             return Ok(Fill::NotYet);
         }
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
-        } else if self.buf.len() - self.start < RECORD_LEN_BYTES_MAX {
-            self.buf.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
+        if self.start == self.end || self.buf.len() - self.start < RECORD_LEN_BYTES_MAX {
+            self.compact();
         }
+        match self.receive(socket, block)? {
+            Fill::End if self.start < self.end => Err(Error::Truncated { peer: socket.peer() }),
+            fill => Ok(fill),
+        }
+    }
+
+    /// Receives what is there and fits although there are whole records to open yet; `NotYet` also when nothing more fits.
+    pub(crate) fn read_ahead(&mut self, socket: &Socket) -> Result<Fill> {
+        if self.start > 0 {
+            self.compact();
+        }
+        if self.has_room() { self.receive(socket, Block::No) } else { Ok(Fill::NotYet) }
+    }
+
+    /// True if `read_ahead` could take more.
+    pub(crate) fn has_room(&self) -> bool {
+        self.end - self.start < self.buf.len()
+    }
+
+    fn compact(&mut self) {
+        self.buf.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+    }
+
+    fn receive(&mut self, socket: &Socket, block: Block) -> Result<Fill> {
         let room = self.buf.len() - self.end;
         match socket.recv(&mut self.buf[self.end..], block)? {
             Wait::NotYet => Ok(Fill::NotYet),
-            Wait::Done(0) if self.start == self.end => Ok(Fill::End),
-            Wait::Done(0) => Err(Error::Truncated { peer: socket.peer() }),
+            Wait::Done(0) => Ok(Fill::End),
             Wait::Done(len) => {
                 self.end += len;
                 self.drained = len < room;

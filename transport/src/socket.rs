@@ -19,8 +19,9 @@ const KEEPALIVE_IDLE_S: u32 = 5;
 const KEEPALIVE_INTERVAL_S: u32 = 5;
 /// Unanswered questions after which the connection is given up.
 const KEEPALIVE_COUNT: u32 = 4;
-/// Time after which sent bytes that nobody acknowledged end the connection.
-const UNACKNOWLEDGED_MS: u32 = 30_000;
+/// Time after which sent bytes that nobody acknowledged end the connection: the kernel's own limit is a quarter of an hour.
+/// It also ends a connection whose peer lives and has not read for so long that nothing could be sent.
+const UNACKNOWLEDGED_MS: u32 = 60_000;
 
 /// The outcome of a call with a time limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,23 +126,29 @@ impl Socket {
         Ok(())
     }
 
-    /// Waits for any of `events`; false when the time is over.
+    /// Waits for any of `events` (or an error, which the next call will show); false when the time is over.
     pub(crate) fn wait(&self, events: PollFlags, block: Block) -> Result<bool> {
+        self.wait_which(events, block).map(|which| which.is_some())
+    }
+
+    /// Waits for any of `events` and says which came; None when the time is over.
+    pub(crate) fn wait_which(&self, events: PollFlags, block: Block) -> Result<Option<PollFlags>> {
         loop {
             let timeout = match block {
-                Block::No => return Ok(false),
+                Block::No => return Ok(None),
                 Block::Forever => None,
                 Block::Until(until) => {
                     let left = until.saturating_duration_since(Instant::now());
                     if left == Duration::ZERO {
-                        return Ok(false);
+                        return Ok(None);
                     }
                     Some(TimeSpec::from_duration(left))
                 }
             };
-            match ppoll(&mut [PollFd::new(self.fd.as_fd(), events)], timeout, None) {
+            let mut fds = [PollFd::new(self.fd.as_fd(), events)];
+            match ppoll(&mut fds, timeout, None) {
                 Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(true),
+                Ok(_) => return Ok(Some(fds[0].revents().unwrap_or(events))),
                 Err(errno) => return Err(self.io("waiting", errno)),
             }
         }

@@ -6,11 +6,13 @@
 use crate::channel::{Channel, Closer};
 use crate::error::{Error, Result};
 use crate::lane::{
-    Block, Content, PAGE_LEN_BYTES, PageLane, PageReply, PageRequest, PageSource,
-    REPLY_DATA_LEN_BYTES_MAX, checked_extent, errno_of,
+    Block, Content, OUTSTANDING_REQUESTS_MAX, PAGE_LEN_BYTES, PageLane, PageReply, PageRequest,
+    PageSource, REPLY_DATA_LEN_BYTES_MAX, checked_extent, errno_of,
 };
 use crate::outstanding::Outstanding;
-use crate::record::{Fill, RecordReader, RecordWriter};
+use crate::record::{
+    Fill, RECORD_LEN_BYTES_MAX, RECORD_OVERHEAD_BYTES, RecordReader, RecordWriter,
+};
 use crate::socket::Socket;
 use crate::wire::{
     REPLY_HEAD_LEN_BYTES, REQUEST_LEN_BYTES, decode_reply, decode_request, encode_reply_head,
@@ -23,8 +25,13 @@ use std::sync::Arc;
 
 /// Records of pages that are sent by one call and received by one call, if there are so many: about 256 KiB.
 const PAGE_RECORDS: usize = 5;
-/// Records of requests: one is enough, a second lets one fill while the other waits for room in the socket.
-const REQUEST_RECORDS: usize = 2;
+/// Records of requests at full length: room for all that may be outstanding, even if each request comes in a record of
+/// its own, and for one more record that fills while others wait for room in the socket.
+const REQUEST_RECORDS: usize = 3;
+const _: () = assert!(
+    OUTSTANDING_REQUESTS_MAX * (REQUEST_LEN_BYTES + RECORD_OVERHEAD_BYTES)
+        <= 2 * RECORD_LEN_BYTES_MAX
+);
 
 /// The destination's end of a lane over TCP.
 #[derive(Debug)]
@@ -142,7 +149,9 @@ impl PageLane for TcpPageLane {
 pub struct PageServer {
     socket: Arc<Socket>,
     reader: RecordReader,
-    replies: Replies,
+    writer: RecordWriter,
+    /// The peer's last byte has come.
+    ended: bool,
 }
 
 impl PageServer {
@@ -151,8 +160,7 @@ impl PageServer {
         let (socket, mut writer, mut reader) = channel.into_parts();
         reader.resize(REQUEST_RECORDS);
         writer.resize(PAGE_RECORDS);
-        let replies = Replies { socket: Arc::clone(&socket), writer };
-        PageServer { socket, reader, replies }
+        PageServer { socket, reader, writer, ended: false }
     }
 
     /// Sizes of the kernel's socket buffers; without this the kernel sizes them itself.
@@ -167,36 +175,30 @@ impl PageServer {
 
     /// Answers requests until the peer closes the connection between two of them.
     ///
-    /// What a peer can queue is bounded by one buffer here and the socket's: nothing more is read while its
-    /// replies have not left.
+    /// What a peer can queue is bounded by one buffer here and the socket's: when they are full nothing more is read before
+    /// replies have left.
     pub fn serve(&mut self, source: &impl PageSource) -> Result<()> {
+        // At most what one record holds, and kept from record to record.
+        let mut requests = Vec::new();
         loop {
             while let Some(range) = self.reader.next(&self.socket)? {
-                let mut record = self.reader.plain(range);
-                while !record.is_empty() {
-                    let (request, rest) = decode_request(record)
-                        .map_err(|what| Error::Protocol { peer: self.socket.peer(), what })?;
-                    self.replies.answer(request, source)?;
-                    record = rest;
+                decode_requests(self.reader.plain(range), &mut requests)
+                    .map_err(|what| Error::Protocol { peer: self.socket.peer(), what })?;
+                for request in requests.drain(..) {
+                    self.answer(request, source)?;
                 }
             }
             // No more requests are here: whoever waits for these replies must not wait any longer.
-            self.replies.flush()?;
+            self.flush()?;
+            if self.reader.has_record() {
+                continue; // It came while the replies left.
+            }
             if self.reader.fill(&self.socket, Block::Forever)? == Fill::End {
                 return Ok(());
             }
         }
     }
-}
 
-/// The sending half of a page server.
-#[derive(Debug)]
-struct Replies {
-    socket: Arc<Socket>,
-    writer: RecordWriter,
-}
-
-impl Replies {
     /// Answers a request from its first page to its last.
     fn answer(&mut self, request: PageRequest, source: &impl PageSource) -> Result<()> {
         let PageRequest { mut address, len_bytes: mut left } = request;
@@ -269,7 +271,37 @@ impl Replies {
         Ok(())
     }
 
+    /// Sends all there is.
+    ///
+    /// While the socket takes no more, requests are read ahead: left in the socket, many small ones can fill it to the point where the
+    /// kernel drops segments with the very acknowledgements that our replies wait for (seen on 6.18), and neither side gets
+    /// any further. All that a lane of ours keeps outstanding fits the reader's buffer.
     fn flush(&mut self) -> Result<()> {
-        self.writer.flush(&self.socket, Block::Forever).map(drop)
+        while !self.writer.flush(&self.socket, Block::No)? {
+            let reads = self.reader.has_room() && !self.ended;
+            let interest = if reads { PollFlags::POLLIN } else { PollFlags::empty() };
+            let ready = self.socket.wait_which(interest | PollFlags::POLLOUT, Block::Forever)?;
+            if ready.is_some_and(|ready| ready.contains(PollFlags::POLLIN)) && reads {
+                self.ended = self.reader.read_ahead(&self.socket)? == Fill::End;
+            }
+        }
+        Ok(())
     }
 }
+
+/// Takes a record of requests apart.
+fn decode_requests(
+    mut record: &[u8],
+    requests: &mut Vec<PageRequest>,
+) -> std::result::Result<(), &'static str> {
+    while !record.is_empty() {
+        let (request, rest) = decode_request(record)?;
+        requests.push(request);
+        record = rest;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "tcp_tests.rs"]
+mod tests;

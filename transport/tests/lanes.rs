@@ -37,7 +37,10 @@ fn post_all(lane: &mut impl PageLane, requests: &[PageRequest]) {
 fn take_all(lane: &mut impl PageLane, block: Block) -> HashMap<u64, Page> {
     let mut pages = HashMap::new();
     while lane.outstanding_bytes() > 0 {
-        let Some(reply) = lane.next(block).unwrap() else { continue };
+        let Some(reply) = lane.next(block).unwrap() else {
+            assert_eq!(block, Block::No, "replies don't come");
+            continue;
+        };
         let kind = match reply.content {
             Content::Data(data) => {
                 assert_eq!(data.len(), reply.len_bytes as usize);
@@ -135,8 +138,8 @@ fn small_socket_buffers_do_not_lock_up() {
     let memory = Memory::present(BASE, 4096);
     let (near, far) = channels(Purpose::Bulk(0));
     let (mut lane, mut server) = (TcpPageLane::new(near), PageServer::new(far));
-    lane.set_socket_buffers(2048, 2048).unwrap();
-    server.set_socket_buffers(2048, 2048).unwrap();
+    lane.set_socket_buffers(1 << 15, 1 << 15).unwrap();
+    server.set_socket_buffers(1 << 15, 1 << 15).unwrap();
     thread::scope(|scope| {
         let memory = &memory;
         let serving = scope.spawn(move || server.serve(memory));
@@ -156,6 +159,30 @@ fn small_socket_buffers_do_not_lock_up() {
             let reply = lane.next(until).unwrap().expect("locked up");
             got += u64::from(reply.len_bytes);
         }
+        drop(lane);
+        serving.join().unwrap().unwrap();
+    });
+}
+
+/// Requests that come while the server sends the last replies it has are not left lying.
+#[test]
+fn requests_behind_a_full_socket_are_served() {
+    let memory = Memory::present(BASE, 15 * 100);
+    let (near, far) = channels(Purpose::Bulk(0));
+    let (mut lane, mut server) = (TcpPageLane::new(near), PageServer::new(far));
+    server.set_socket_buffers(1 << 16, 1 << 16).unwrap();
+    lane.set_socket_buffers(1 << 16, 1 << 16).unwrap();
+    let requests = cover(&memory, 15);
+    thread::scope(|scope| {
+        let memory = &memory;
+        let serving = scope.spawn(move || server.serve(memory));
+        for request in &requests {
+            lane.post(*request).unwrap();
+            lane.flush().unwrap();
+            thread::sleep(Duration::from_millis(1));
+        }
+        let until = Block::Until(Instant::now() + Duration::from_secs(20));
+        check(memory, &requests, &take_all(&mut lane, until));
         drop(lane);
         serving.join().unwrap().unwrap();
     });

@@ -109,9 +109,10 @@ fn urgent_lane() {
                 times.push(started.elapsed());
             }
             let cpu = cpu_time().checked_sub(cpu).unwrap() / COUNT;
+            let mean = times.iter().sum::<Duration>() / COUNT;
             times.sort_unstable();
             println!(
-                "round trip of {} KiB: p50 {:?}, p99 {:?}, CPU of both ends {cpu:?}",
+                "round trip of {} KiB: mean {mean:?}, p50 {:?}, p99 {:?}, CPU of both ends {cpu:?}",
                 len_bytes >> 10,
                 times[times.len() / 2],
                 times[times.len() * 99 / 100],
