@@ -115,8 +115,9 @@ pub struct Passed {
 #[command(after_help = "With port 0 the kernel chooses one; \
     the agent writes `listening on ADDR:PORT` to stderr once it can be reached.")]
 pub struct AgentArgs {
-    /// Address and port to listen on, as in 10.0.0.2:7070 or [::]:7070
+    /// Address and port to listen on.
     #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(help = "Address and port to listen on, as in 10.0.0.2:7070 or [::]:7070")]
     pub listen: SocketAddr,
     /// Key file (see keygen); only peers that hold the same key are obeyed
     #[arg(long, value_name = "FILE")]
@@ -136,8 +137,12 @@ pub struct MigrateArgs {
     /// The process to move
     #[arg(value_parser = clap::value_parser!(i32).range(1..))]
     pub pid: i32,
-    /// Where to: tcp://HOST:PORT of an agent, or [user@]host to be reached by ssh (not in this version)
-    #[arg(value_name = "DEST")]
+    /// Where to.
+    #[arg(
+        value_name = "DEST",
+        help = "Where to: tcp://HOST:PORT of an agent, or [user@]host \
+        to be reached by ssh (not in this version)"
+    )]
     pub destination: Destination,
     /// Key file (see keygen); needed for a tcp:// destination
     #[arg(long, value_name = "FILE")]
