@@ -109,12 +109,8 @@ impl Build {
         let source = sources().join(format!("{}.c", self.name));
         let directory = profile_dir().join("test-programs");
         std::fs::create_dir_all(&directory).expect("the folder of compiled test programs");
-        let executable = directory.join(format!(
-            "{}-{:?}-{:016x}",
-            self.name,
-            self.linkage,
-            self.digest(&source)
-        ));
+        let executable =
+            directory.join(format!("{}-{:?}-{:016x}", self.name, self.linkage, digest(&source)));
         if executable.exists() {
             return executable;
         }
@@ -141,16 +137,16 @@ impl Build {
         std::fs::rename(&fresh, &executable).expect("putting a test program in place");
         executable
     }
+}
 
-    /// Of the source and every header, so that no stale program is ever run.
-    fn digest(self, source: &Path) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        std::fs::read(source)
-            .unwrap_or_else(|error| panic!("{}: {error}", source.display()))
-            .hash(&mut hasher);
-        for header in ["common.h", "caps.h", "drain.h"] {
-            std::fs::read(sources().join(header)).expect("a header").hash(&mut hasher);
-        }
-        hasher.finish()
+/// Of the source and every header, so that no stale program is ever run.
+fn digest(source: &Path) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    std::fs::read(source)
+        .unwrap_or_else(|error| panic!("{}: {error}", source.display()))
+        .hash(&mut hasher);
+    for header in ["common.h", "caps.h", "drain.h"] {
+        std::fs::read(sources().join(header)).expect("a header").hash(&mut hasher);
     }
+    hasher.finish()
 }

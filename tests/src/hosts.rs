@@ -1,5 +1,6 @@
 //! Two hosts on one machine, the agent on one of them, and the end of everything that ran there.
 
+use std::fmt::Write as _;
 use std::fs::{File, Permissions};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -212,7 +213,8 @@ impl Hosts {
                 } else if path.extension().is_some_and(|extension| extension == "log") {
                     let content = std::fs::read(&path).unwrap_or_default();
                     let tail = &content[content.len().saturating_sub(8000)..];
-                    text += &format!("--- {}\n{}\n", path.display(), String::from_utf8_lossy(tail));
+                    let _ =
+                        writeln!(text, "--- {}\n{}", path.display(), String::from_utf8_lossy(tail));
                 }
             }
         }

@@ -11,6 +11,7 @@
 pub mod build;
 pub mod compare;
 pub mod hosts;
+pub mod huge_pages;
 pub mod migration;
 pub mod moves;
 pub mod namespace;

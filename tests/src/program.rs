@@ -39,7 +39,7 @@ pub struct Program<'a> {
 impl<'a> Program<'a> {
     /// Compiles and starts a test program, and waits until it holds its state (or has nothing to say).
     pub fn start(hosts: &'a Hosts, build: Build, arguments: &[&str]) -> Self {
-        let program = Self::run(hosts, build.name, &build.executable(), |command, flag| {
+        let program = Self::run(hosts, build.name, build.executable(), |command, flag| {
             command.arg(flag).args(arguments);
         });
         program.wait_for_line("ready");

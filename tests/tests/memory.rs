@@ -1,9 +1,8 @@
 //! Every kind of memory comes along: content, protection, sharing, and what was advised about it.
 
+use slipstream_tests::huge_pages;
 use slipstream_tests::moves::{moves, moves_between};
 use slipstream_tests::{Build, Hosts, Linkage};
-
-mod huge_pages;
 
 macro_rules! moved_programs {
     ($($(#[$about:meta])* $name:ident),* $(,)?) => {

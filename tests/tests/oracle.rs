@@ -29,15 +29,13 @@ fn run(seed: u64) {
 
 #[test]
 fn oracle_never_sees_a_difference() {
-    let seeds: Vec<u64> = match number("SLIPSTREAM_ORACLE_SEED") {
-        Some(seed) => vec![seed],
-        None => {
-            let now = SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .expect("a clock after 1970");
-            let first = now.as_secs() * 1000;
-            (first..first + number("SLIPSTREAM_ORACLE_SEEDS").unwrap_or(SEEDS_LEN)).collect()
-        }
+    let seeds: Vec<u64> = if let Some(seed) = number("SLIPSTREAM_ORACLE_SEED") {
+        vec![seed]
+    } else {
+        let now =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock after 1970");
+        let first = now.as_secs() * 1000;
+        (first..first + number("SLIPSTREAM_ORACLE_SEEDS").unwrap_or(SEEDS_LEN)).collect()
     };
     let failed: Vec<_> = seeds
         .iter()

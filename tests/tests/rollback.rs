@@ -91,11 +91,11 @@ fn moves_after_a_rollback() {
         command.env("SLIPSTREAM_FAIL_AT", &point);
     })
     .wait();
-    if !matches!(outcome.code, Some(code::REFUSED | code::ROLLED_BACK)) {
-        // The step is the destination's, whose agent was not told to fail: then this was the second attempt.
-        outcome.assert_completed();
-    } else {
+    if matches!(outcome.code, Some(code::REFUSED | code::ROLLED_BACK)) {
         hosts.migrate(&program, &agent).wait().assert_completed();
+    } else {
+        // The step is the destination's, whose agent was not told to fail: then this was already the second attempt.
+        outcome.assert_completed();
     }
     program.tell();
     wait::until("the program to finish", Duration::from_secs(60), || {
