@@ -24,11 +24,11 @@ public class Check {
         AtomicLong failures = new AtomicLong();
         ArrayList<Thread> threads = new ArrayList<>();
         for (int worker = 0; worker < 4; worker++) {
-            final int step = 2 * worker + 1;
+            final int first = worker * 5000;
             Thread thread = new Thread(() -> {
-                int number = 0;
+                int number = first;
                 while (!stop.get()) {
-                    number = (number * 5 + step) % 20000;
+                    number = (number * 21 + 1) % 20000;
                     long[] copy = held.get(number).clone();
                     for (int at = 0; at < copy.length; at++)
                         if (copy[at] != mix(number * 1000L + at)) failures.incrementAndGet();

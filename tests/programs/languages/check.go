@@ -58,9 +58,9 @@ func main() {
 		}
 	}()
 	fmt.Println("ready")
-	for number := 0; ; number = (number*5 + 1) % 400_000 {
+	for number, sent := 0, 0; ; number, sent = (number*21+1)%400_000, sent+1 {
 		numbers <- number
-		if number%512 == 0 {
+		if sent%512 == 0 {
 			if _, err := os.Stat(flag); err == nil {
 				break
 			}

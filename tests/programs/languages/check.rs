@@ -28,9 +28,9 @@ fn main() {
             }
         }));
         threads.push(std::thread::spawn(move || {
-            let mut number = 0;
+            let mut number = worker * 5000;
             while !stop.load(Ordering::Relaxed) {
-                number = (number * 5 + 2 * worker + 1) % 20_000;
+                number = (number * 21 + 1) % 20_000;
                 sender.send(number).expect("a receiver");
             }
         }));
