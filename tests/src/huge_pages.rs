@@ -18,8 +18,7 @@ fn count() -> u64 {
 impl Reserved {
     /// Reserves as many more as the machine will give; a test that needs them finds out by itself if those are too few.
     pub fn new(more: u64) -> Self {
-        let lock = File::create(std::env::temp_dir().join("slipstream-test-huge-pages.lock"))
-            .expect("a lock file");
+        let lock = File::open(COUNT_FILE).expect("the count of huge pages");
         // SAFETY: a plain system call on an open descriptor.
         let locked = unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) };
         assert_eq!(locked, 0, "flock: {}", std::io::Error::last_os_error());
