@@ -1,4 +1,4 @@
-/* Locked memory stays locked: the flags, the counted size, and what comes later under MCL_FUTURE. */
+/* Locked memory stays locked, by mlock and by mlock2 with MLOCK_ONFAULT: the flags and the counted size. */
 #define NO_WORK
 #include "common.h"
 

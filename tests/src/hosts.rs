@@ -1,0 +1,295 @@
+//! Two hosts on one machine, the agent on one of them, and the end of everything that ran there.
+
+use std::fmt::Write as _;
+use std::fs::{File, Permissions};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::build;
+use crate::migration::Migration;
+use crate::namespace::Namespace;
+use crate::process::{Pidfd, describe};
+use crate::program::Program;
+use crate::wait;
+
+/// Which of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Where programs start.
+    Source,
+    /// Where they are moved to.
+    Destination,
+}
+
+/// A child process that the hosts end, and others may ask about.
+pub type SharedChild = Arc<Mutex<Child>>;
+
+/// Two hosts (or two on one network), with a folder and a key of their own.
+pub struct Hosts {
+    source: Namespace,
+    destination: Option<Namespace>,
+    directory: TempDir,
+    children: Mutex<Vec<SharedChild>>,
+    numbers: AtomicUsize,
+}
+
+impl Hosts {
+    /// Two hosts, joined by a cable.
+    pub fn two() -> Self {
+        let (source, destination) = Namespace::joined();
+        Self::new(source, Some(destination))
+    }
+
+    /// Source and destination on the same network, over loopback: how most people try it first.
+    pub fn one() -> Self {
+        Self::new(Namespace::alone(), None)
+    }
+
+    fn new(source: Namespace, destination: Option<Namespace>) -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix("slipstream-test-")
+            .tempdir()
+            .expect("a temporary folder");
+        // Programs that gave up being root still have to see their flag file.
+        std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755))
+            .expect("permissions");
+        let hosts = Self {
+            source,
+            destination,
+            directory,
+            children: Mutex::default(),
+            numbers: AtomicUsize::new(0),
+        };
+        let output = Command::new(build::slipstream())
+            .arg("keygen")
+            .arg(hosts.key())
+            .output()
+            .expect("running slipstream keygen");
+        assert!(
+            output.status.success(),
+            "slipstream keygen: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        hosts
+    }
+
+    /// Hosts with no key and no need of the binary, for runs in which nothing is moved.
+    pub fn without_slipstream() -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix("slipstream-test-")
+            .tempdir()
+            .expect("a temporary folder");
+        std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755))
+            .expect("permissions");
+        Self {
+            source: Namespace::alone(),
+            destination: None,
+            directory,
+            children: Mutex::default(),
+            numbers: AtomicUsize::new(0),
+        }
+    }
+
+    /// One of the two.
+    pub fn host(&self, side: Side) -> &Namespace {
+        match side {
+            Side::Source => &self.source,
+            Side::Destination => self.destination.as_ref().unwrap_or(&self.source),
+        }
+    }
+
+    /// Where this test may put files.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The key both sides share.
+    pub fn key(&self) -> PathBuf {
+        self.path().join("key")
+    }
+
+    /// The run directory of a side.
+    pub fn run_dir(&self, side: Side) -> PathBuf {
+        self.path().join(format!("run-{side:?}"))
+    }
+
+    /// A name nobody else in this test uses.
+    pub fn unique(&self, name: &str) -> String {
+        format!("{name}.{}", self.numbers.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Spawns on a host, standard error into a log. The hosts end it when they are dropped.
+    pub fn spawn(&self, command: &mut Command, log: &Path) -> SharedChild {
+        let log = File::create(log).expect("a log file");
+        let child =
+            command.stderr(log).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let child = Arc::new(Mutex::new(child));
+        self.children.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&child));
+        child
+    }
+
+    /// Starts an agent on the destination.
+    pub fn agent(&self) -> Agent {
+        self.agent_with(|_| {})
+    }
+
+    /// Starts an agent with more arguments or environment, and waits until it listens.
+    pub fn agent_with(&self, adjust: impl FnOnce(&mut Command)) -> Agent {
+        let host = self.host(Side::Destination);
+        let log = self.path().join(self.unique("agent") + ".log");
+        let mut command = host.command(build::slipstream());
+        command
+            .args(["agent", "--listen", &format!("{}:0", host.address), "--key"])
+            .arg(self.key());
+        command
+            .arg("--run-dir")
+            .arg(self.run_dir(Side::Destination))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        adjust(&mut command);
+        let child = self.spawn(&mut command, &log);
+        let address = wait::until(
+            "the agent to say `listening on ADDR:PORT`",
+            Duration::from_secs(20),
+            || {
+                let ended = child
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .try_wait()
+                    .expect("waiting for the agent");
+                assert!(
+                    ended.is_none(),
+                    "the agent ended: {}",
+                    std::fs::read_to_string(&log).unwrap_or_default()
+                );
+                listening_address(&std::fs::read_to_string(&log).unwrap_or_default())
+            },
+        );
+        Agent { child, address, log }
+    }
+
+    /// Runs the binary on the source and returns what it printed.
+    pub fn slipstream(&self, arguments: &[&str]) -> std::process::Output {
+        self.source
+            .command(build::slipstream())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("running slipstream")
+    }
+
+    /// Starts a migration of a program to the agent.
+    pub fn migrate<'a>(&'a self, program: &Program<'a>, agent: &Agent) -> Migration {
+        Migration::start(self, program.pid, &agent.destination(), |_| {})
+    }
+
+    /// The processes on either host.
+    pub fn pids(&self) -> Vec<i32> {
+        let mut pids = self.source.pids();
+        pids.extend(self.destination.iter().flat_map(Namespace::pids));
+        pids
+    }
+
+    /// All logs and outputs, and the state of all processes.
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        for pid in self.pids() {
+            text += &describe(pid);
+        }
+        let mut folders = vec![self.path().to_path_buf()];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                let kind = entry.file_type().ok();
+                if kind.is_some_and(|kind| kind.is_dir()) {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|extension| extension == "log") {
+                    let content = std::fs::read(&path).unwrap_or_default();
+                    let tail = &content[content.len().saturating_sub(8000)..];
+                    let _ =
+                        writeln!(text, "--- {}\n{}", path.display(), String::from_utf8_lossy(tail));
+                }
+            }
+        }
+        text
+    }
+
+    /// Ends every process on the hosts: they are ours, whatever has become of them, for nobody else is in our namespaces.
+    fn end_all(&self) {
+        for _ in 0..1000 {
+            let processes: Vec<_> = self.pids().into_iter().filter_map(Pidfd::open).collect();
+            // Asked again now that each is held: a number may have passed to a stranger in between.
+            let ours = self.pids();
+            let alive =
+                processes.iter().filter(|process| ours.contains(&process.pid) && !process.ended());
+            if alive.map(|process| process.signal(libc::SIGKILL)).count() == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        for child in self.children.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let mut child = child.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.describe());
+        }
+        self.end_all();
+    }
+}
+
+/// A running agent.
+pub struct Agent {
+    child: SharedChild,
+    /// Where it listens.
+    pub address: SocketAddr,
+    log: PathBuf,
+}
+
+impl Agent {
+    /// How `slipstream migrate` is told of it.
+    pub fn destination(&self) -> String {
+        format!("tcp://{}", self.address)
+    }
+
+    /// Its PID.
+    pub fn pid(&self) -> i32 {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).id() as i32
+    }
+
+    /// Whether it runs.
+    pub fn alive(&self) -> bool {
+        matches!(self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait(), Ok(None))
+    }
+
+    /// Ends it with SIGKILL.
+    pub fn kill(&self) {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child.kill().expect("killing the agent");
+        child.wait().expect("waiting for the agent");
+    }
+
+    /// What it has said.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+fn listening_address(log: &str) -> Option<SocketAddr> {
+    let line = log.lines().find(|line| line.contains("listening on "))?;
+    let (_, address) = line.split_once("listening on ")?;
+    address.split_whitespace().next()?.parse().ok()
+}
