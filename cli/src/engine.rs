@@ -2,7 +2,7 @@
 //! tested without a process being moved.
 
 use crate::flags::{AgentArgs, CheckArgs, Destination, MigrateArgs};
-use slipstream_faultd::events::{Failed, HostFact, Outcome, Preflight, Status};
+use slipstream_faultd::events::{Failed, HostFact, Preflight, Status};
 use std::ffi::OsString;
 use std::io::{self, BufRead};
 use std::net::SocketAddr;
@@ -95,49 +95,4 @@ pub enum Session {
     Destination,
     /// PID 1 of the moved process's namespace.
     Init,
-}
-
-/// A build without an engine: every command that needs one fails and says so.
-#[derive(Debug)]
-pub struct NoEngine;
-
-fn absent<T>() -> Result<T> {
-    Err(Failed {
-        phase: "start".into(),
-        reason: "this build of slipstream has no migration engine".into(),
-        remedy: String::new(),
-        outcome: Outcome::Internal,
-    })
-}
-
-impl Engine for NoEngine {
-    fn migrate(&self, request: &MigrateRequest) -> Result<Migration> {
-        let MigrateRequest { args, host, port, key } = request;
-        tracing::info!("asked to move {} to {host}:{port}, key {}", args.pid, key.display());
-        absent()
-    }
-    fn agent(&self, _: &AgentArgs, _: &mut dyn FnMut(SocketAddr)) -> Result<()> {
-        absent()
-    }
-    fn check(&self, _: &CheckArgs) -> Result<Findings> {
-        absent()
-    }
-    fn status(&self, _: &Path, _: Option<&str>) -> Result<Vec<Status>> {
-        absent()
-    }
-    fn recover(&self, _: &Path, _: &str) -> Result<Migration> {
-        absent()
-    }
-    fn abort(&self, _: &Path, _: &str) -> Result<String> {
-        absent()
-    }
-    fn keygen(&self, _: &Path) -> Result<()> {
-        absent()
-    }
-    fn session(&self, _: Session, _: &[OsString]) -> Result<u8> {
-        absent()
-    }
-    fn fail_points(&self) -> Vec<&'static str> {
-        Vec::new()
-    }
 }

@@ -8,6 +8,7 @@ mod flags;
 mod report;
 mod tables;
 mod watch;
+mod wiring;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -16,7 +17,7 @@ use tracing_subscriber::EnvFilter;
 fn main() -> ExitCode {
     let cli = flags::Cli::parse();
     log_to_stderr(&cli);
-    ExitCode::from(commands::run(&engine::NoEngine, &cli.command))
+    ExitCode::from(commands::run(&wiring::Wired, &cli.command))
 }
 
 /// Logs go to stderr: warnings, or what `-v` and `RUST_LOG` ask for. An agent tells what it does.

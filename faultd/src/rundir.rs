@@ -69,7 +69,9 @@ impl MigrationDir {
             .mode(0o700)
             .create(&path)
             .map_err(|e| Error::io(format!("create {}", path.display()), e))?;
-        Ok(Self { path })
+        let dir = Self { path };
+        dir.write(SESSION, std::process::id().to_string().as_bytes())?;
+        Ok(dir)
     }
 
     /// A file in it.
@@ -105,6 +107,28 @@ impl MigrationDir {
             tracing::warn!("cannot remove {}: {e}", self.path.display());
         }
     }
+}
+
+/// File with the number of the session that works in a folder.
+const SESSION: &str = "session";
+
+/// Sends SIGINT to the source session of a migration.
+pub fn interrupt_session(run_dir: &Path, id: &str) -> Result<()> {
+    let path = run_dir.join(format!("{}{id}", prefix(Role::Source))).join(SESSION);
+    let gone = || Error::Refused {
+        reason: format!("the session of migration {id} is gone"),
+        remedy: String::new(),
+    };
+    let text = fs::read_to_string(&path).map_err(|_| gone())?;
+    let pid: i32 = text.trim().parse().map_err(|_| gone())?;
+    // The number may have been used again.
+    let command = fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| gone())?;
+    if !command.split(|b| *b == 0).any(|arg| arg == b"__source-session") {
+        return Err(gone());
+    }
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)
+        .map_err(|e| Error::io("interrupt the session", e.into()))
 }
 
 /// The status files of a run directory. Unreadable ones are left out: they may just be going away.

@@ -1,6 +1,9 @@
 //! What is found out before anything is frozen: all that would stop a migration, in one pass.
 
+mod cpu;
 pub mod destination;
+pub mod digest;
+pub mod host;
 pub mod requirements;
 pub mod source;
 

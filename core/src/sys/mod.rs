@@ -11,6 +11,7 @@ pub mod mem;
 pub mod pagemap;
 pub mod pidfd;
 pub mod files;
+pub mod probe;
 pub mod ptrace;
 pub mod ring;
 pub mod spawn;

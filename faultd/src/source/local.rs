@@ -9,7 +9,7 @@ use slipstream_core::capture::assemble::Prior;
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::capture::state::outside::Host;
 use slipstream_core::preflight::Blocker;
-use slipstream_core::preflight::source::{Options, SourceReport, check_process};
+use slipstream_core::preflight::source::{SourceOptions, SourceReport, check_process};
 use slipstream_core::proc::holders::{Holders, objects_of};
 use slipstream_core::proc::{maps, smaps};
 use slipstream_core::sys::mem::ProcMem;
@@ -28,7 +28,7 @@ pub struct Local {
 
 /// Looks at the process. All blockers are found in one pass.
 pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blocker>> {
-    let options = Options { stdio: stdio.clone(), ..Options::default() };
+    let options = SourceOptions { stdio: stdio.clone(), ..SourceOptions::default() };
     let report = check_process(pid, &options)?;
     let prior = prior(pid, stdio)
         .map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;

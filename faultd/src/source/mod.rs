@@ -1,6 +1,9 @@
 //! The source's side of a migration.
 
+pub mod arguments;
+pub mod check;
 pub mod commit;
+pub mod events_out;
 pub mod interrupt;
 pub mod local;
 pub mod page_server;

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a migration is asked to do.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceConfig {
     /// The process, as this host sees it.
     pub pid: i32,
@@ -92,6 +92,8 @@ struct AtTheBrink {
     memory: FrozenMemory,
     parts: BlackoutParts,
     frozen_at: Instant,
+    /// Told after the blackout.
+    report: Event,
 }
 
 impl Session<'_> {
@@ -99,12 +101,16 @@ impl Session<'_> {
         let pid = self.config.pid;
         let mut local = self.preflight()?;
         let process = PidFd::open(pid)?;
-        let (mut link, verdict, id) = self.negotiate(&local)?;
-        let lanes = self.connect_lanes(&link, &verdict)?;
-        let scratch = self.prepare(&mut link, &mut local)?;
-        let dir = match MigrationDir::create(&self.config.run_dir, Role::Source, &id) {
-            Ok(dir) => dir,
-            Err(e) => return self.roll_back(&mut link, scratch, e),
+        let id = rundir::new_id()?;
+        let dir = MigrationDir::create(&self.config.run_dir, Role::Source, &id)?;
+        self.write_status(&dir, &id, "prepare", None);
+        let prepared = self.before_freeze(&mut local, &id);
+        let (mut link, lanes, scratch) = match prepared {
+            Ok(prepared) => prepared,
+            Err(e) => {
+                dir.remove();
+                return Err(e);
+            }
         };
         let brink = match self.move_state(&mut link, &scratch, &local, &dir) {
             Ok(brink) => brink,
@@ -113,7 +119,6 @@ impl Session<'_> {
                 return self.roll_back(&mut link, scratch, e);
             }
         };
-        self.write_status(&dir, &id, "commit", None);
         let memory = match self.commit(&mut link, brink, &scratch, &process, &dir, &id) {
             Ok(memory) => memory,
             Err(e) if !self.committed => {
@@ -122,10 +127,23 @@ impl Session<'_> {
             }
             Err(e) => return Err(self.wait_for_recovery(&dir, &id, e)),
         };
+        self.write_status(&dir, &id, "drain", None);
         match self.drain(&mut link, lanes, memory, &dir, &id) {
             Ok(done) => self.finish(&mut link, &scratch, dir, done),
             Err(e) => Err(self.wait_for_recovery(&dir, &id, e)),
         }
+    }
+
+    /// All that can be done while the process runs. Nothing is left of it on failure.
+    fn before_freeze(
+        &mut self,
+        local: &mut Local,
+        id: &str,
+    ) -> Result<(Connections, Vec<Channel>, SourceScratch)> {
+        let (mut link, verdict) = self.negotiate(local, id)?;
+        let lanes = self.connect_lanes(&link, &verdict)?;
+        let scratch = self.prepare(&mut link, local)?;
+        Ok((link, lanes, scratch))
     }
 
     fn preflight(&mut self) -> Result<Local> {
@@ -160,15 +178,14 @@ impl Session<'_> {
         error
     }
 
-    fn negotiate(&mut self, local: &Local) -> Result<(Connections, Verdict, String)> {
+    fn negotiate(&mut self, local: &Local, id: &str) -> Result<(Connections, Verdict)> {
         let key = Key::load(&self.config.key)?;
         let addresses = resolve(&self.config.destination)?;
         let channel =
             Channel::connect(&addresses, &key, Route::NEW, Purpose::Control, self.timeouts())?;
         self.interrupts.close_on_interrupt(channel.closer());
         let (mut sender, mut receiver) = channel.split();
-        let id = rundir::new_id()?;
-        let hello = local::hello(&id, self.config.pid, local)?;
+        let hello = local::hello(id, self.config.pid, local)?;
         say_to_destination(&mut sender, SourceMessage::Hello(hello))?;
         let verdict = match hear_destination(&mut receiver, Some(self.config.timeout))? {
             DestinationMessage::Verdict(v) => v,
@@ -184,7 +201,7 @@ impl Session<'_> {
         }
         (self.sink)(Event::Preflight(events::Preflight { blockers: Vec::new() }));
         failpoints::pass("source-connected")?;
-        Ok((Connections { addresses, key, sender, receiver }, verdict, id))
+        Ok((Connections { addresses, key, sender, receiver }, verdict))
     }
 
     fn timeouts(&self) -> Timeouts {
@@ -261,7 +278,7 @@ impl Session<'_> {
         let sent_at = Instant::now();
         say_to_destination(&mut link.sender, SourceMessage::Manifest(encoded))?;
         failpoints::pass("source-sent")?;
-        self.enter("restore");
+        self.phase = "restore";
         // While the destination restores: what commit and the page server need.
         let memory = FrozenMemory::open(self.config.pid, &manifest)?;
         commit::park(&mut frozen, scratch, dir)?;
@@ -273,16 +290,8 @@ impl Session<'_> {
         parts.restore_us = ready.restore_us;
         parts.send_us = us(sent_at).saturating_sub(ready.restore_us);
         failpoints::pass("source-ready")?;
-        self.report_frozen(&manifest);
-        Ok(AtTheBrink { frozen, memory, parts, frozen_at })
-    }
-
-    fn report_frozen(&mut self, m: &Manifest) {
-        (self.sink)(Event::Frozen(events::Frozen {
-            threads: m.threads.len() as u64,
-            mappings: m.mappings.len() as u64,
-            descriptors: m.descriptors.len() as u64,
-        }));
+        let report = frozen_event(&manifest);
+        Ok(AtTheBrink { frozen, memory, parts, frozen_at, report })
     }
 
     fn commit(
@@ -300,7 +309,7 @@ impl Session<'_> {
         self.interrupts.commit()?;
         commit::declare(&mut brink.frozen, process, dir)?;
         self.committed = true;
-        self.enter("commit");
+        self.phase = "commit";
         say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))?;
         let resumed = match hear_destination(&mut link.receiver, None)? {
             DestinationMessage::Resumed(r) => r,
@@ -309,6 +318,7 @@ impl Session<'_> {
         brink.parts.commit_us = us(began);
         let blackout_us = us(brink.frozen_at);
         commit::settle(brink.frozen, dir)?;
+        (self.sink)(brink.report);
         (self.sink)(Event::Committed(events::Committed { id: id.to_owned() }));
         (self.sink)(Event::Resumed(events::Resumed {
             dest_pid: resumed.host_pid,
@@ -452,6 +462,14 @@ impl Session<'_> {
             outcome,
         }
     }
+}
+
+fn frozen_event(m: &Manifest) -> Event {
+    Event::Frozen(events::Frozen {
+        threads: m.threads.len() as u64,
+        mappings: m.mappings.len() as u64,
+        descriptors: m.descriptors.len() as u64,
+    })
 }
 
 fn us(since: Instant) -> u64 {

@@ -1,0 +1,247 @@
+//! The engine of this program: the commands wired to `slipstream-faultd`.
+
+use crate::engine::{
+    Control, Engine, Findings, MigrateRequest, Migration, Result, Session,
+};
+use crate::flags::{AgentArgs, CheckArgs, Destination, Stdio};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use slipstream_core::capture::files::StdioPolicy;
+use slipstream_core::preflight::host::check_host;
+use slipstream_core::restore::newborn::{InitConfig, init_main};
+use slipstream_faultd::agent::{self, AgentConfig, SessionArgs};
+use slipstream_faultd::dest::session as destination_session;
+use slipstream_faultd::events::{Failed, HostFact, Outcome, Role, Status};
+use slipstream_faultd::source::arguments;
+use slipstream_faultd::source::events_out::EventsOut;
+use slipstream_faultd::source::interrupt::Interrupts;
+use slipstream_faultd::source::session::{self as source_session, SourceConfig};
+use slipstream_faultd::{failpoints, rundir, source};
+use slipstream_transport::Key;
+use std::ffi::OsString;
+use std::io::{self, BufReader};
+use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio as ProcessStdio};
+use std::time::{Duration, Instant};
+
+/// This program, also when its file has been replaced since.
+const SELF: &str = "/proc/self/exe";
+/// For a source session to roll back after it was told to.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The real engine.
+#[derive(Debug)]
+pub struct Wired;
+
+impl Engine for Wired {
+    fn migrate(&self, request: &MigrateRequest) -> Result<Migration> {
+        let config = source_config(request)?;
+        let mut child = Command::new(SELF)
+            .arg("__source-session")
+            .args(arguments::to_args(&config))
+            .stdin(ProcessStdio::null())
+            .stdout(ProcessStdio::piped())
+            .spawn()
+            .map_err(|e| internal("start", format!("cannot start the source session: {e}")))?;
+        let Some(events) = child.stdout.take() else {
+            return Err(internal("start", "the source session has no output".into()));
+        };
+        Ok(Migration {
+            committed: None,
+            events: Box::new(BufReader::new(events)),
+            control: Box::new(SourceControl { child }),
+        })
+    }
+
+    fn agent(&self, args: &AgentArgs, listening: &mut dyn FnMut(SocketAddr)) -> Result<()> {
+        let config = AgentConfig {
+            listen: args.listen.to_string(),
+            key: absolute(&args.key)?,
+            run_dir: absolute(&args.run_dir)?,
+            exe: PathBuf::from(SELF),
+        };
+        agent::run(&config, listening).map_err(|e| refused("agent", &e))
+    }
+
+    fn check(&self, args: &CheckArgs) -> Result<Findings> {
+        let facts = check_host()
+            .into_iter()
+            .map(|f| HostFact { name: f.name.into(), ok: f.ok || !f.required, detail: f.detail })
+            .collect();
+        let Some(pid) = args.pid else { return Ok(Findings { facts, preflight: None }) };
+        let destination = match (&args.destination, &args.key) {
+            (Some(Destination::Agent { host, port }), Some(key)) => {
+                Some((host_port(host, *port), key.clone()))
+            }
+            _ => None,
+        };
+        let stdio = stdio_policy(&args.stdio);
+        let preflight = source::check::check(pid, &stdio, destination, args.timeout);
+        Ok(Findings { facts, preflight: Some(preflight) })
+    }
+
+    fn status(&self, run_dir: &Path, id: Option<&str>) -> Result<Vec<Status>> {
+        let all = rundir::list(run_dir).map_err(|e| refused("status", &e))?;
+        match id {
+            None => Ok(all),
+            Some(id) => {
+                let found: Vec<Status> = all.into_iter().filter(|s| s.id == id).collect();
+                if found.is_empty() { Err(unknown("status", id)) } else { Ok(found) }
+            }
+        }
+    }
+
+    fn recover(&self, run_dir: &Path, id: &str) -> Result<Migration> {
+        let found = self.status(run_dir, Some(id)).map_err(|_| unknown("recover", id))?;
+        let phase = found.first().map_or("", |s| s.phase.as_str());
+        Err(Failed {
+            phase: "recover".into(),
+            reason: format!(
+                "migration {id} is in phase {phase}, and this version can't take up a drain whose \
+                 sessions ended"
+            ),
+            remedy: "leave both copies as they are: neither loses anything while it waits".into(),
+            outcome: if phase == "waiting" { Outcome::Waiting } else { Outcome::Refused },
+        })
+    }
+
+    fn abort(&self, run_dir: &Path, id: &str) -> Result<String> {
+        let find = || {
+            let all = rundir::list(run_dir).unwrap_or_default();
+            all.into_iter().find(|s| s.id == id && s.role == Role::Source)
+        };
+        let Some(status) = find() else { return Err(unknown("abort", id)) };
+        if status.phase != "prepare" {
+            return Err(too_late(id));
+        }
+        rundir::interrupt_session(run_dir, id).map_err(|e| refused("abort", &e))?;
+        let deadline = Instant::now() + ABORT_TIMEOUT;
+        while Instant::now() < deadline {
+            match find() {
+                None => return Ok(format!("migration {id} was given up; the process runs on here")),
+                Some(s) if s.phase != "prepare" => return Err(too_late(id)),
+                Some(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+        Err(internal("abort", format!("the session of migration {id} does not answer")))
+    }
+
+    fn keygen(&self, file: &Path) -> Result<()> {
+        Key::generate_file(file).map_err(|e| refused("keygen", &e.into()))
+    }
+
+    fn session(&self, session: Session, args: &[OsString]) -> Result<u8> {
+        match session {
+            Session::Source => run_source(args),
+            Session::Destination => {
+                let args = SessionArgs::from_args(args).ok_or_else(malformed)?;
+                Ok(match destination_session::run(&args) {
+                    Ok(()) => 0,
+                    Err(e) => {
+                        tracing::warn!("migration ended: {e}");
+                        1
+                    }
+                })
+            }
+            Session::Init => {
+                let args: Vec<String> =
+                    args.iter().filter_map(|a| a.to_str().map(str::to_owned)).collect();
+                let config = InitConfig::from_args(&args).ok_or_else(malformed)?;
+                Ok(init_main(&config) as u8)
+            }
+        }
+    }
+
+    fn fail_points(&self) -> Vec<&'static str> {
+        failpoints::ALL.to_vec()
+    }
+}
+
+/// The source session: a process and session of its own, so that a closed terminal ends only the
+/// display.
+fn run_source(args: &[OsString]) -> Result<u8> {
+    let config = arguments::from_args(args).ok_or_else(malformed)?;
+    let _ = nix::unistd::setsid();
+    let interrupts = Interrupts::install().map_err(|e| refused("start", &e))?;
+    let out = EventsOut::start(io::stdout());
+    source_session::run(&config, interrupts, &mut |event| out.send(&event));
+    out.finish();
+    Ok(0)
+}
+
+/// Tells the session by SIGINT, as Ctrl-C would.
+struct SourceControl {
+    child: Child,
+}
+
+impl Control for SourceControl {
+    fn request_rollback(&mut self) -> io::Result<()> {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT).map_err(io::Error::from)
+    }
+}
+
+fn source_config(request: &MigrateRequest) -> Result<SourceConfig> {
+    Ok(SourceConfig {
+        pid: request.args.pid,
+        destination: host_port(request.host, request.port),
+        key: absolute(request.key)?,
+        run_dir: absolute(&request.args.run_dir)?,
+        stdio: stdio_policy(&request.args.stdio),
+        timeout: request.args.timeout,
+    })
+}
+
+fn host_port(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+fn stdio_policy(stdio: &Stdio) -> StdioPolicy {
+    match stdio {
+        Stdio::Keep => StdioPolicy::Keep,
+        Stdio::Null => StdioPolicy::Null,
+        Stdio::File(path) => StdioPolicy::File(path.as_os_str().as_bytes().to_vec()),
+    }
+}
+
+/// Sessions may have another current directory.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path)
+        .map_err(|e| internal("start", format!("current directory of {}: {e}", path.display())))
+}
+
+fn refused(phase: &str, e: &slipstream_faultd::Error) -> Failed {
+    Failed {
+        phase: phase.into(),
+        reason: e.to_string(),
+        remedy: e.remedy().into(),
+        outcome: Outcome::Refused,
+    }
+}
+
+fn internal(phase: &str, reason: String) -> Failed {
+    Failed { phase: phase.into(), reason, remedy: String::new(), outcome: Outcome::Internal }
+}
+
+fn malformed() -> Failed {
+    internal("start", "malformed arguments of a hidden subcommand".into())
+}
+
+fn unknown(phase: &str, id: &str) -> Failed {
+    Failed {
+        phase: phase.into(),
+        reason: format!("no migration {id} on this host"),
+        remedy: "`slipstream status` lists them; name another run directory with --run-dir".into(),
+        outcome: Outcome::Refused,
+    }
+}
+
+fn too_late(id: &str) -> Failed {
+    Failed {
+        phase: "abort".into(),
+        reason: format!("migration {id} has committed: its process runs at the destination"),
+        remedy: "move it back from there".into(),
+        outcome: Outcome::Refused,
+    }
+}
