@@ -11,6 +11,9 @@ mod memfd;
 mod paths;
 mod pipes;
 
+pub use paths::file_id;
+pub(crate) use paths::lookup_root;
+
 use crate::error::Error;
 use crate::manifest::{Descriptor, FileId, FileKind, OpenFile, PathFile};
 use crate::preflight::Blocker;

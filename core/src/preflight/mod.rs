@@ -1,5 +1,12 @@
 //! What is found out before anything is frozen: all that would stop a migration, in one pass.
 
+mod cpu;
+pub mod destination;
+pub mod digest;
+pub mod host;
+pub mod requirements;
+pub mod source;
+
 use std::fmt;
 
 /// Something that can't be moved as it is, or is missing at the destination.

@@ -6,6 +6,7 @@
 pub mod classify;
 pub mod fdinfo;
 pub mod holders;
+pub mod limits;
 pub mod maps;
 pub mod smaps;
 pub mod status;

@@ -15,8 +15,6 @@ pub enum Resource {
     Files = 2,
     /// Root, current directory and umask.
     Fs = 3,
-    /// System V semaphore adjustments.
-    SemUndo = 6,
 }
 
 const KCMP_FILE: c_long = 0;

@@ -6,4 +6,5 @@
 //! dereferenced.
 
 pub mod files;
+pub mod probe;
 pub mod ptrace;

@@ -18,7 +18,7 @@ const KERNEL: [i64; 6] =
     [0x6265_6572, 0x0027_e0eb, 0x6367_7270, 0x6462_6720, 0x7472_6163, 0x7363_6673];
 
 /// Where to look up paths of `pid`: nothing to add in our own mount namespace, else its root.
-pub(super) fn lookup_root(pid: i32) -> crate::Result<Vec<u8>> {
+pub(crate) fn lookup_root(pid: i32) -> crate::Result<Vec<u8>> {
     let mount_namespace = |pid: &str| {
         let path = format!("/proc/{pid}/ns/mnt");
         fs::read_link(&path).map_err(|e| (path, e))
@@ -29,7 +29,7 @@ pub(super) fn lookup_root(pid: i32) -> crate::Result<Vec<u8>> {
     Ok(if theirs == ours { Vec::new() } else { format!("/proc/{pid}/root").into_bytes() })
 }
 
-/// Identity of a file as the kernel reports it now.
+/// Identity of a file as the kernel reports it now, without digest.
 pub fn file_id(stat: &FileStat) -> FileId {
     FileId {
         dev: stat.st_dev,
