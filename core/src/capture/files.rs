@@ -320,8 +320,17 @@ impl<'a> Capture<'a> {
 
     /// Decides which standard streams are redirected.
     fn redirect(&mut self, groups: &[Group]) {
-        if *self.options.stdio == StdioPolicy::Keep {
-            return;
+        match self.options.stdio {
+            StdioPolicy::Keep => return,
+            StdioPolicy::File(path) if path.first() != Some(&b'/') => {
+                let shown = String::from_utf8_lossy(path);
+                self.blockers.push(Blocker::new(
+                    "--stdio",
+                    format!("{shown} is not an absolute path"),
+                    "give the path as it is at the destination, from the root",
+                ));
+            }
+            _ => {}
         }
         for one in groups.iter().flatten().filter(|one| one.fd <= 2) {
             if let Some(stream) = self.stream(one) {

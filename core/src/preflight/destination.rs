@@ -71,7 +71,7 @@ fn cpus(needs: &Requirements, blockers: &mut Vec<Blocker>) {
         .affinity
         .iter()
         .rposition(|b| *b != 0)
-        .map(|at| at as u64 * 8 + u64::from(7 - needs.affinity[at].leading_zeros()));
+        .map(|at| at as u64 * 8 + u64::from(needs.affinity[at].ilog2()));
     if let Some(cpu) = highest.filter(|cpu| *cpu >= there) {
         blockers.push(Blocker::new(
             "destination's CPU",
@@ -127,6 +127,13 @@ fn memory(needs: &Requirements, blockers: &mut Vec<Blocker>) {
             "free some there, or use another destination",
         ));
     }
+    if needs.shared_memory && host::shared_memory_is_collapsed() {
+        blockers.push(Blocker::new(
+            "destination's shared memory",
+            "is made of huge pages, which its kernel (before 6.4) adds unasked",
+            "echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled there",
+        ));
+    }
     for pages in &needs.huge_pages {
         let dir = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", pages.size / 1024);
         let read = |name: &str| number(&format!("{dir}/{name}")).unwrap_or(0);
@@ -161,6 +168,13 @@ fn rlimits(
         if theirs.hard > ours.hard && !may_raise {
             lower(blockers, limits::NAMES[index], theirs.hard, ours.hard);
         }
+    }
+    let memlock = libc::RLIMIT_MEMLOCK as usize;
+    if let Some(limit) = ours.get(memlock)
+        && needs.locked_bytes > limit.hard
+        && !host::may_lock_memory()
+    {
+        lower(blockers, limits::NAMES[memlock], needs.locked_bytes, limit.hard);
     }
     let nofile = libc::RLIMIT_NOFILE as usize;
     if let Some(limit) = ours.get(nofile)
@@ -212,25 +226,26 @@ fn file(needed: &RequiredFile, same_boot: bool) -> Result<(), Blocker> {
         return Ok(());
     }
     let size = found.st_size as u64;
+    if needed.writable && found.st_ino == needed.id.ino && size >= needed.id.size {
+        // A shared file system: inode numbers are the server's, and the file may grow meanwhile.
+        return Ok(());
+    }
     if size != needed.id.size {
         return no(
             format!("{shown} has {size} bytes at the destination and {} here", needed.id.size),
             "copy the file there, or mount the same file system",
         );
     }
-    match needed.role() {
-        FileRole::Mapped => content(needed, &shown),
-        _ => {
-            let there = crate::capture::files::file_id(&found);
-            if there.mtime_ns == needed.id.mtime_ns {
-                return Ok(());
-            }
-            no(
-                format!("{shown} was changed at another time at the destination"),
-                "copy the file there with its times (cp -p, rsync -t)",
-            )
-        }
+    if needed.role() == FileRole::Mapped {
+        return content(needed, &shown);
     }
+    if crate::capture::files::file_id(&found).mtime_ns == needed.id.mtime_ns {
+        return Ok(());
+    }
+    no(
+        format!("{shown} was changed at another time at the destination"),
+        "copy the file there with its times (cp -p, rsync -t), or mount the same file system",
+    )
 }
 
 fn same_inode(id: &FileId, found: &FileStat) -> bool {

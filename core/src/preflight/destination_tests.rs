@@ -81,6 +81,11 @@ fn files_are_compared() {
     let mut longer = open.clone();
     longer.id.size += 1;
     assert!(file(&longer, false).unwrap_err().reason.contains("7 bytes at the destination"));
+    let mut growing = open.clone();
+    (growing.writable, growing.id.size, growing.id.mtime_ns) = (true, 3, 1);
+    assert_eq!(file(&growing, false), Ok(()), "it grows, on a file system both hosts mount");
+    growing.id.ino += 1;
+    assert!(file(&growing, false).is_err());
     let mut other_type = required(dir.path(), FileRole::Present);
     assert_eq!(file(&other_type, false), Ok(()));
     other_type.path.clone_from(&open.path);

@@ -29,6 +29,7 @@ pub(super) const UFFD_FEATURES: [(u64, &str); 6] = [
     (1 << 6, "EVENT_UNMAP"),
 ];
 
+const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_PTRACE: u32 = 19;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_SYS_RESOURCE: u32 = 24;
@@ -96,6 +97,19 @@ fn capabilities() -> HostFact {
         Err(format!("{} missing; run as root", missing.join(", ")))
     };
     fact("capabilities", true, found)
+}
+
+pub(super) fn may_lock_memory() -> bool {
+    has_cap(CAP_IPC_LOCK)
+}
+
+/// True where the kernel may put huge pages into shared memory behind userfaultfd's back: before 6.4,
+/// when shared memory may be huge without being asked.
+pub(super) fn shared_memory_is_collapsed() -> bool {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let setting = fs::read_to_string(path).unwrap_or_default();
+    let huge = ["[always]", "[within_size]", "[force]"].iter().any(|s| setting.contains(s));
+    huge && kernel_version().is_none_or(|version| version < (6, 4))
 }
 
 fn resource_capability() -> HostFact {

@@ -48,6 +48,9 @@ pub struct Requirements {
     /// Bytes of locked memory.
     #[prost(uint64, tag = "14")]
     pub locked_bytes: u64,
+    /// It maps anonymous shared memory.
+    #[prost(bool, tag = "15")]
+    pub shared_memory: bool,
 }
 
 /// Huge pages of one size.

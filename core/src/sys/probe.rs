@@ -10,7 +10,7 @@ const UFFD_API: u64 = 0xaa;
 /// `struct uffdio_api`.
 #[repr(C)]
 struct Api {
-    api: u64,
+    version: u64,
     features: u64,
     ioctls: u64,
 }
@@ -23,13 +23,13 @@ pub fn userfaultfd_features() -> nix::Result<u64> {
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })?;
     // SAFETY: just made, and nobody else knows it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    let mut api = Api { api: UFFD_API, features: 0, ioctls: 0 };
+    let mut api = Api { version: UFFD_API, features: 0, ioctls: 0 };
     // SAFETY: the ioctl reads and writes the struct above.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) })?;
     Ok(api.features)
 }
 
-/// True if io_uring may be used. A call without parameters fails with `EFAULT` when it is allowed, and
+/// True if `io_uring` may be used. A call without parameters fails with `EFAULT` when it is allowed, and
 /// earlier when it is not.
 pub fn io_uring_allowed() -> bool {
     // SAFETY: the kernel refuses the null pointer.

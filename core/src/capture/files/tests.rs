@@ -3,6 +3,7 @@
 use super::*;
 use crate::testing::{Child, ok};
 use std::ffi::CString;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 fn open(path: &str, flags: i32) -> i32 {
@@ -99,7 +100,6 @@ fn what_others_hold_too() {
         nix::sys::memfd::memfd_create(c"both", nix::sys::memfd::MFdFlags::empty()).unwrap();
     let child = Child::new(|| {
         let test = std::os::unix::process::parent_id();
-        use std::os::fd::AsRawFd;
         // Reopened through /proc, since a child of the tests begins without descriptors.
         open(&format!("/proc/{test}/fd/{}", to.as_raw_fd()), libc::O_WRONLY);
         open(&format!("/proc/{test}/fd/{}", memory.as_raw_fd()), libc::O_RDWR);
@@ -144,6 +144,8 @@ fn redirection_takes_duplicates_along() {
     assert!(matches!(&captured.files[of(0) as usize].kind, Some(FileKind::Device(_))));
     assert!(matches!(&captured.files[of(1) as usize].kind, Some(FileKind::Regular(_))));
     assert_eq!(of(1), of(9));
+    let relative = child.capture_with(&StdioPolicy::File(b"out".to_vec())).unwrap_err();
+    assert!(relative[0].to_string().starts_with("--stdio: out is not"), "{relative:?}");
     // Only what is on a standard stream may be redirected.
     let child = Child::new(|| {
         open("/dev/ptmx", libc::O_RDWR | libc::O_NOCTTY);

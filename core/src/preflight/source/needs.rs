@@ -54,6 +54,7 @@ pub(super) fn requirements(
         caps: capabilities(&threads),
         descriptors: descriptors(seen.files),
         pipe_bytes: largest_pipe(seen.files),
+        shared_memory: mappings.iter().any(|m| m.kind() == MappingKind::ShmemAnon),
         locked_bytes: seen.smaps.iter().map(|e| e.locked_bytes).sum(),
     };
     Ok((needs, root))

@@ -79,7 +79,7 @@ pub(super) fn threads(pid: i32, blockers: &mut Vec<Blocker>) -> Vec<i32> {
 
 fn thread(tid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
     let mut no = |reason: &str, remedy: &str| {
-        blockers.push(Blocker::new(format!("thread {tid}"), reason, remedy))
+        blockers.push(Blocker::new(format!("thread {tid}"), reason, remedy));
     };
     if status.tracer_pid != 0 {
         no(
