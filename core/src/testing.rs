@@ -1,5 +1,8 @@
 //! Test helper: a forked process that holds something while the test looks at it.
 
+// Shared memory begins at a page.
+#![allow(clippy::cast_ptr_alignment)]
+
 use crate::capture::files::{CapturedFiles, FileOptions, StdioPolicy, capture_files};
 use crate::preflight::Blocker;
 use crate::proc::holders::{Holders, objects_of};
@@ -75,7 +78,6 @@ impl Child {
 
     pub(crate) fn holders(&self) -> Holders {
         let maps = maps::read(self.pid).unwrap();
-        // Memory that the test shares with its child on purpose.
         let objects = objects_of(self.pid, &maps).unwrap();
         Holders::find(self.pid, objects).unwrap()
     }

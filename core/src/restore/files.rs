@@ -73,7 +73,8 @@ pub fn numbers_end(manifest: &Manifest) -> i32 {
 
 /// Appends what opens every description of `manifest`, at high numbers, in a process that has no
 /// descriptors but `reserved`. The soft limit on descriptors is raised as far as that needs (the hard
-/// limit is left), and `/proc` must be that of the process's PID namespace.
+/// limit is left), and `/proc` must be that of the process's PID namespace. Paths are the session's:
+/// the program runs before the process takes on its root directory and credentials.
 pub fn plan_files(
     manifest: &Manifest,
     program: &mut Program,

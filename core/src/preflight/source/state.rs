@@ -42,9 +42,12 @@ pub(super) fn look(pid: i32, options: &SourceOptions) -> Result<Status, Blocker>
         return no("is a part of slipstream", "give the id of another process");
     }
     // Needs the same right as ptrace does.
-    if let Err(e) = fs::read_link(format!("/proc/{pid}/exe")).and(readable_memory(pid)) {
-        let reason = format!("belongs to user {} and can't be looked into ({e})", status.uids[0]);
-        return no(&reason, "run slipstream as root");
+    if fs::read_link(format!("/proc/{pid}/exe")).and(readable_memory(pid)).is_err() {
+        return if nix::unistd::geteuid().is_root() {
+            no("has capabilities that slipstream lacks", "run slipstream with all of them")
+        } else {
+            no(&format!("belongs to user {}", status.uids[0]), "run slipstream as root")
+        };
     }
     Ok(status)
 }

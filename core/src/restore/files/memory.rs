@@ -103,7 +103,7 @@ fn check(memfd: &Memfd) -> Result<()> {
     };
     let bytes = memfd.extents.iter().fold(0u64, |n, p| n.saturating_add(p.bytes.len() as u64));
     let good = !memfd.name.contains(&0)
-        && memfd.size <= i64::MAX as u64
+        && i64::try_from(memfd.size).is_ok()
         && (huge == 0 || huge.is_power_of_two() && huge > 4096 && memfd.size.is_multiple_of(huge))
         && memfd.mode & !0o7777 == 0
         && memfd.extents.len() <= PIECES_MAX

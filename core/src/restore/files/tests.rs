@@ -1,5 +1,8 @@
 //! Capture, plan, run, capture again: both captures must be equal.
 
+// Regions begin at a page.
+#![allow(clippy::cast_ptr_alignment)]
+
 use super::*;
 use crate::capture::files::{CapturedFiles, StdioPolicy};
 use crate::manifest::{Descriptor, Memfd, PipeEnd};
