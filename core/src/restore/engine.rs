@@ -10,7 +10,7 @@ use crate::program::{Arg, Op, Program};
 use crate::restore::check::check_manifest;
 use crate::restore::files::{place_files, plan_files};
 use crate::restore::memory::{
-    LazyRange, VdsoParts, lazy_ranges, plan_faults, plan_mappings,
+    LazyRange, RING_LEN, VdsoParts, lazy_ranges, plan_faults, plan_mappings,
 };
 use crate::restore::newborn::{InitConfig, Newborn, end_stage, launch, own_vdso, plan_empty};
 use crate::restore::scratch::{Gate, Scratch, gate};
@@ -68,6 +68,8 @@ pub struct Mapped {
     pub uffd: Uffd,
     /// The ring that holds it, to hold those of forked children too.
     pub ring: OwnedFd,
+    /// Where the ring is mapped.
+    pub ring_range: std::ops::Range<u64>,
     /// What is registered.
     pub lazy: Vec<LazyRange>,
     /// Numbers of the two inside the new process, which stage 2 closes.
@@ -136,7 +138,7 @@ impl Restorer {
         let files = plan_files(m, &mut p, &[])?;
         plan_mappings(m, &self.scratch, &self.vdso, &files, &mut p)?;
         place_files(m, &files, &mut p);
-        let plan = plan_faults(m, &self.scratch, &mut p);
+        let plan = plan_faults(m, &mut p);
         end_stage(&self.scratch, &mut p, 2);
         self.scratch.place(&p)?;
         self.scratch.go_on(1, p.entries_base());
@@ -147,10 +149,13 @@ impl Restorer {
                 .map(|fd| fd as i32)
                 .map_err(|e| Error::sys("descriptor of the new process", e))
         };
+        let ring_at = Program::result(&ran, plan.ring_mapping)
+            .map_err(|e| Error::sys("address of the ring", e))?;
         let own_fds = [number(plan.uffd)?, number(plan.ring)?];
         let take = |fd| self.newborn.process.get_fd(fd);
         let (uffd, ring) = (Uffd::from_fd(take(own_fds[0])?), take(own_fds[1])?);
-        Ok(Mapped { uffd, ring, lazy: plan.lazy, own_fds })
+        let ring_range = ring_at..ring_at + RING_LEN;
+        Ok(Mapped { uffd, ring, ring_range, lazy: plan.lazy, own_fds })
     }
 
     /// Installs the pages that came with the manifest.

@@ -41,6 +41,8 @@ const NUMBER_MAX: i32 = 1 << 22;
 const FILES_MAX: usize = 1 << 20;
 /// Free numbers kept below the first high one, so that a temporary descriptor never gets that far.
 const ROOM: i32 = 16;
+/// Least soft limit on descriptors while restoring: the table of the ring that holds userfaultfds counts too.
+const NUMBERS_MIN: i32 = 256;
 
 /// Where [`plan_files`] has put the descriptions.
 #[derive(Debug)]
@@ -96,7 +98,7 @@ pub fn plan_files(
     }
     let planned = planner.planned;
     // Every description takes at most itself and two temporary numbers; now the need is known.
-    program.set_words(limit, &[(planned.next + ROOM) as u64]);
+    program.set_words(limit, &[(planned.next + ROOM).max(NUMBERS_MIN) as u64]);
     Ok(planned)
 }
 

@@ -12,7 +12,8 @@ use crate::restore::scratch::Scratch;
 use crate::sys::uffd;
 use std::collections::BTreeMap;
 
-const PAGE: u64 = 4096;
+/// Bytes of the ring that are mapped.
+pub const RING_LEN: u64 = 4096;
 const UFFD_FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
 const IO_URING_REGISTER_FILES: u64 = 2;
 /// Slots in the ring: one for the process, the others for children it forks during the drain.
@@ -37,6 +38,8 @@ pub struct MemoryPlan {
     pub uffd: Ref,
     /// The ring's number in the new process.
     pub ring: Ref,
+    /// Where the ring is mapped, [`RING_LEN`] bytes.
+    pub ring_mapping: Ref,
     /// What is registered.
     pub lazy: Vec<LazyRange>,
 }
@@ -100,13 +103,13 @@ pub fn plan_mappings(
 
 /// Adds the userfaultfd with its holder, and the advice that must come after it. When all descriptors
 /// are in place: the two it makes take free numbers, and are closed again before the program runs.
-pub fn plan_faults(m: &Manifest, scratch: &Scratch, p: &mut Program) -> MemoryPlan {
+pub fn plan_faults(m: &Manifest, p: &mut Program) -> MemoryPlan {
     let lazy = lazy_ranges(m);
-    let (uffd, ring) = plan_uffd(scratch, &lazy, p);
+    let (uffd, ring, ring_mapping) = plan_uffd(&lazy, p);
     for v in &m.mappings {
         plan_advice(v, p);
     }
-    MemoryPlan { uffd, ring, lazy }
+    MemoryPlan { uffd, ring, ring_mapping, lazy }
 }
 
 fn hex(v: &Mapping) -> String {
@@ -251,7 +254,7 @@ fn plan_shmem(m: &Manifest, scratch: &Scratch, p: &mut Program) -> Result<()> {
     Ok(())
 }
 
-fn plan_uffd(scratch: &Scratch, lazy: &[LazyRange], p: &mut Program) -> (Ref, Ref) {
+fn plan_uffd(lazy: &[LazyRange], p: &mut Program) -> (Ref, Ref, Ref) {
     let uffd = p.must("userfaultfd", libc::SYS_userfaultfd, [UFFD_FLAGS.into()]);
     let api = p.words(&uffd::api_words());
     p.must(
@@ -273,14 +276,15 @@ fn plan_uffd(scratch: &Scratch, lazy: &[LazyRange], p: &mut Program) -> (Ref, Re
         libc::SYS_io_uring_setup,
         [1.into(), params.into()],
     );
-    p.must(
+    let mapping = p.must(
         "map the ring",
         libc::SYS_mmap,
         [
-            scratch.ring().into(),
-            PAGE.into(),
+            // The kernel lets nobody choose where a ring is mapped.
+            0.into(),
+            RING_LEN.into(),
             libc::PROT_READ.into(),
-            (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE).into(),
+            libc::MAP_SHARED.into(),
             ring.into(),
             0.into(),
         ],
@@ -295,7 +299,7 @@ fn plan_uffd(scratch: &Scratch, lazy: &[LazyRange], p: &mut Program) -> (Ref, Re
         libc::SYS_io_uring_register,
         [ring.into(), IO_URING_REGISTER_FILES.into(), slots.into(), RING_SLOTS.into()],
     );
-    (uffd, ring)
+    (uffd, ring, mapping)
 }
 
 fn plan_advice(v: &Mapping, p: &mut Program) {

@@ -2,7 +2,6 @@
 //!
 //! ```text
 //! base        gate page       a file of the run directory: the word that decides RUN or NEVER
-//! +4 KiB      ring            where the io_uring that holds the userfaultfd is mapped
 //! +64 KiB     vdso parking    the new process's own vdso, until it is moved to its final place
 //! +128 KiB    scratch memfd:  header page, code page, tables and data
 //! ```
@@ -19,10 +18,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 const PAGE: u64 = 4096;
-/// Offset of the ring mapping.
-pub const RING_OFFSET: u64 = PAGE;
-/// Room for the ring mapping.
-pub const RING_LEN: u64 = 60 * 1024;
 /// Offset of the place where the vdso waits.
 pub const VDSO_OFFSET: u64 = 64 * 1024;
 /// Room for the vdso and its data pages.
@@ -139,11 +134,6 @@ impl Scratch {
     /// Address of the gate word inside the process.
     pub fn gate(&self) -> u64 {
         self.base
-    }
-
-    /// Address of the ring mapping inside the process.
-    pub fn ring(&self) -> u64 {
-        self.base + RING_OFFSET
     }
 
     /// Where the vdso waits inside the process.

@@ -18,8 +18,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const PASSES: usize = 3;
 
 /// Ends fault handling, removes our mappings, and puts back what had to wait for the last page.
-/// `ours` is the scratch range.
-pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &Range<u64>) -> Result<()> {
+/// `ours` are the ranges that restore mapped.
+pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>]) -> Result<()> {
     let pid = process.pid();
     unregister_process(drain, pid);
     unregister_children(drain);
@@ -75,14 +75,16 @@ fn namespace_members(pid: i32) -> Vec<i32> {
 }
 
 /// Removes our mappings from a process, if it has them.
-fn leave(pid: i32, ours: &Range<u64>) {
-    let Ok(lines) = maps::read(pid) else { return };
-    if !lines.iter().any(|l| ours.contains(&l.start)) {
-        return;
-    }
-    match unmap_range(pid, ours, STOP_TIMEOUT) {
-        Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
-        Err(e) => tracing::warn!("{e}"),
+fn leave(pid: i32, ours: &[Range<u64>]) {
+    for range in ours {
+        let Ok(lines) = maps::read(pid) else { return };
+        if !lines.iter().any(|l| range.contains(&l.start)) {
+            continue;
+        }
+        match unmap_range(pid, range, STOP_TIMEOUT) {
+            Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
+            Err(e) => tracing::warn!("{e}"),
+        }
     }
 }
 

@@ -25,6 +25,7 @@ use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_core::sys::spawn::{recv_descriptors, take_handed};
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Sender, TcpPageLane, Timeouts};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -88,6 +89,8 @@ struct Prepared {
 /// The restored process at its gate.
 struct AtTheGate {
     manifest: Manifest,
+    /// What restore left mapped in the process.
+    ours: [Range<u64>; 2],
     drain: Arc<Drain>,
     timed: Vec<TimedThread>,
 }
@@ -256,11 +259,12 @@ impl Session<'_> {
         prepared.restorer.install(&manifest, &mapped.uffd)?;
         failpoints::pass("destination-pages")?;
         let timed = prepared.restorer.finish(&manifest, &mapped)?;
+        let ours = [prepared.restorer.range(), mapped.ring_range.clone()];
         let drain = Arc::new(Drain::new(&manifest, mapped)?);
         failpoints::pass("destination-restored")?;
         let restore_us = began.elapsed().as_micros() as u64;
         say_to_source(&mut self.sender, DestinationMessage::Ready(Ready { restore_us }))?;
-        Ok(AtTheGate { manifest, drain, timed })
+        Ok(AtTheGate { manifest, ours, drain, timed })
     }
 
     /// Waits for the source to commit. On any other end the caller says NEVER.
@@ -276,7 +280,7 @@ impl Session<'_> {
     /// Opens the gate, and serves pages until nothing is missing.
     fn drain(&mut self, hello: &Hello, prepared: Prepared, at: AtTheGate) -> Result<()> {
         let Prepared { dir, gate: gate_file, restorer, urgent, bulk } = prepared;
-        let AtTheGate { manifest, drain, timed } = at;
+        let AtTheGate { manifest, ours, drain, timed } = at;
         let process = &restorer.newborn().process;
         let fault_thread =
             faults::start(Arc::clone(&drain), Box::new(TcpPageLane::new(urgent)))?;
@@ -311,7 +315,7 @@ impl Session<'_> {
         self.report_until_complete(&drain)?;
         let drain_us = resumed_at.elapsed().as_micros() as u64;
         let exited = process.exited();
-        finish::finish(&drain, &manifest, process, &restorer.range())?;
+        finish::finish(&drain, &manifest, process, &ours)?;
         drain.end();
         for thread in bulk_threads.into_iter().chain(std::iter::once(fault_thread)) {
             let _ = thread.join();
