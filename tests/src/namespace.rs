@@ -56,12 +56,17 @@ impl Namespace {
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         let fd = self.fd.as_raw_fd();
-        // SAFETY: setns is a plain system call, safe between fork and exec; the descriptor outlives the spawn, for
+        // SAFETY: setns and close_range are plain system calls, safe between fork and exec; the descriptor outlives the spawn, for
         // the command is spawned while `self` is borrowed by the hosts that own it.
         unsafe {
             command.pre_exec(move || {
                 let fd = std::os::fd::BorrowedFd::borrow_raw(fd);
-                setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)
+                setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
+                // Whoever runs the tests may have left descriptors open; a pipe to the outside is refused.
+                let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+                nix::errno::Errno::result(libc::close_range(3, u32::MAX, flags))
+                    .map(drop)
+                    .map_err(io::Error::from)
             });
         }
         command
