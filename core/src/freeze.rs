@@ -3,8 +3,10 @@
 //! A frozen process is only ptrace-stopped: no SIGSTOP, nothing its parent or its handlers could see.
 //! If the tracer dies, the kernel lets every thread go on by itself.
 
+use crate::arch::syscall_restart::rseq_fixup;
 use crate::arch::{self, Regs};
 use crate::error::{Error, Result};
+use crate::sys::mem::ProcMem;
 use crate::sys::ptrace::{self, Stop};
 use libc::pid_t;
 use std::collections::BTreeMap;
@@ -19,6 +21,9 @@ pub struct FrozenThread {
     pub regs: Regs,
     /// Blocked signals at the stop.
     pub sigmask: u64,
+    /// The registers above are those of an rseq abort: address of the `rseq_cs` word that a copy of
+    /// the thread must not find set.
+    pub rseq_cs_at: Option<u64>,
 }
 
 /// A frozen process. Dropping it lets the process go on, unless [`Frozen::abandon`] was called.
@@ -44,6 +49,7 @@ impl Frozen {
                     return Err(Error::Gone { pid });
                 }
                 frozen.threads.sort_by_key(|t| (t.tid != pid, t.tid));
+                frozen.abort_rseq()?;
                 return Ok(frozen);
             }
             for tid in fresh {
@@ -71,10 +77,16 @@ impl Frozen {
             }
             if let Some(thread) = stop(pid, tid, deadline)? {
                 frozen.threads.push(thread);
+                frozen.abort_rseq()?;
                 return Ok(frozen);
             }
         }
         Err(Error::Gone { pid })
+    }
+
+    fn abort_rseq(&mut self) -> Result<()> {
+        let mem = ProcMem::open(self.pid)?;
+        self.threads.iter_mut().try_for_each(|t| abort_rseq(&mem, t))
     }
 
     fn seize_new(&self) -> Result<Vec<pid_t>> {
@@ -212,7 +224,26 @@ fn stop(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Option<FrozenThread
         Err(Error::Gone { .. }) => return Ok(None),
         Err(e) => return Err(e),
     };
-    Ok(Some(FrozenThread { tid, regs, sigmask: ptrace::get_sigmask(tid)? }))
+    let sigmask = ptrace::get_sigmask(tid)?;
+    Ok(Some(FrozenThread { tid, regs, sigmask, rseq_cs_at: None }))
+}
+
+/// Aborts rseq critical sections, as the kernel does for a thread that is preempted in one. It would
+/// forget them itself as soon as the thread runs a remote syscall, and let the thread go on in the
+/// middle of the section afterwards.
+fn abort_rseq(mem: &ProcMem, thread: &mut FrozenThread) -> Result<()> {
+    let rseq = match ptrace::rseq_config(thread.tid) {
+        Ok(rseq) => rseq,
+        // Kernels without the request.
+        Err(Error::Sys { .. }) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    let read = |address: u64, out: &mut [u8]| mem.read(address, out).is_ok();
+    if let Some(fix) = rseq_fixup(&thread.regs, rseq.address, rseq.signature, &read) {
+        thread.regs = fix.regs;
+        thread.rseq_cs_at = Some(fix.clear_at);
+    }
+    Ok(())
 }
 
 /// Thread numbers in the innermost PID namespace, by number on this host. Threads that end meanwhile

@@ -11,14 +11,14 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use slipstream_core::sys::spawn::{send_descriptors, spawn_with};
 use slipstream_transport::{Key, Route, read_preamble};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// For the preamble; a peer that dribbles is cut off.
@@ -52,8 +52,7 @@ struct Session {
 
 /// Serves until the process is told to end. `listening` is called once, when the port is open.
 pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Result<()> {
-    // Sessions load it themselves; a bad key should stop the agent, not each migration.
-    Key::load(&config.key)?;
+    let key = Arc::new(Key::load(&config.key)?);
     rundir::ensure(&config.run_dir)?;
     // Inits of moved processes become ours when their launcher ends, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)
@@ -66,7 +65,7 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     listening(address);
     let sessions = Sessions::default();
     start_reaper(Arc::clone(&sessions));
-    let undecided = Arc::new(());
+    let undecided = Arc::new(Undecided::default());
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -77,28 +76,65 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
                 continue;
             }
         };
-        if Arc::strong_count(&undecided) > UNDECIDED_MAX {
-            tracing::warn!("too many connections without a preamble; one more was closed");
-            continue;
-        }
-        let (token, sessions, config) =
-            (Arc::clone(&undecided), Arc::clone(&sessions), config.clone());
+        let Some(ticket) = undecided.admit(&stream) else { continue };
+        let (undecided, sessions) = (Arc::clone(&undecided), Arc::clone(&sessions));
+        let (config, key) = (config.clone(), Arc::clone(&key));
         std::thread::spawn(move || {
-            if let Err(e) = welcome(&stream, &sessions, &config) {
+            if let Err(e) = welcome(&stream, ticket, &undecided, &sessions, &config, &key) {
                 tracing::debug!("connection closed: {e}");
             }
-            drop(token);
         });
     }
 }
 
-/// Reads the preamble and sends the connection where it belongs.
-fn welcome(stream: &TcpStream, sessions: &Sessions, config: &AgentConfig) -> Result<()> {
-    let route = read_preamble(stream, PREAMBLE_TIMEOUT)?;
-    if route.is_new() {
-        return start_session(stream, sessions, config);
+/// Connections whose preamble is still awaited. When there are too many, the oldest has to go: a peer
+/// that means it sends its preamble at once.
+#[derive(Debug, Default)]
+struct Undecided {
+    waiting: Mutex<(u64, VecDeque<(u64, TcpStream)>)>,
+}
+
+impl Undecided {
+    /// Notes a connection; returns its ticket.
+    fn admit(&self, stream: &TcpStream) -> Option<u64> {
+        let copy = stream.try_clone().ok()?;
+        let mut waiting = lock(&self.waiting);
+        waiting.0 += 1;
+        let ticket = waiting.0;
+        waiting.1.push_back((ticket, copy));
+        if waiting.1.len() > UNDECIDED_MAX
+            && let Some((_, oldest)) = waiting.1.pop_front()
+        {
+            let _ = oldest.shutdown(Shutdown::Both);
+        }
+        Some(ticket)
     }
-    let sessions = sessions.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+
+    fn decided(&self, ticket: u64) {
+        lock(&self.waiting).1.retain(|(t, _)| *t != ticket);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads the preamble and sends the connection where it belongs.
+fn welcome(
+    stream: &TcpStream,
+    ticket: u64,
+    undecided: &Undecided,
+    sessions: &Sessions,
+    config: &AgentConfig,
+    key: &Key,
+) -> Result<()> {
+    let route = read_preamble(stream, PREAMBLE_TIMEOUT);
+    undecided.decided(ticket);
+    let route = route?;
+    if route.is_new() {
+        return start_session(stream, sessions, config, key);
+    }
+    let sessions = lock(sessions);
     let Some(session) = sessions.get(route.bytes()) else {
         return Err(Error::Protocol("a lane for no session".into()));
     };
@@ -106,18 +142,25 @@ fn welcome(stream: &TcpStream, sessions: &Sessions, config: &AgentConfig) -> Res
         .map_err(|e| Error::io("hand a lane to its session", e.into()))
 }
 
-fn start_session(stream: &TcpStream, sessions: &Sessions, config: &AgentConfig) -> Result<()> {
+fn start_session(
+    stream: &TcpStream,
+    sessions: &Sessions,
+    config: &AgentConfig,
+    key: &Key,
+) -> Result<()> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socketpair", e))?;
     ours.set_nonblocking(true).map_err(|e| Error::io("set a socket non-blocking", e))?;
     let route = Route::random()?;
-    let mut sessions = sessions.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut sessions = lock(sessions);
     if sessions.len() >= SESSIONS_MAX {
         return Err(Error::Refused {
             reason: format!("{SESSIONS_MAX} migrations are under way"),
             remedy: "try again later".into(),
         });
     }
-    let args = SessionArgs { route, run_dir: config.run_dir.clone(), key: config.key.clone() };
+    let args = SessionArgs { route, run_dir: config.run_dir.clone() };
+    // The key waits in the socket; the file may be exchanged meanwhile.
+    key.hand_over(&ours).map_err(|e| Error::io("hand the key to a session", e))?;
     let mut command = Command::new(&config.exe);
     command.arg("__destination-session").args(args.to_args());
     command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -135,29 +178,23 @@ pub struct SessionArgs {
     pub route: Route,
     /// Run directory.
     pub run_dir: PathBuf,
-    /// Key file.
-    pub key: PathBuf,
 }
 
 impl SessionArgs {
     fn to_args(&self) -> Vec<OsString> {
         let hex: String = self.route.bytes().iter().map(|b| format!("{b:02x}")).collect();
-        vec![hex.into(), self.run_dir.clone().into(), self.key.clone().into()]
+        vec![hex.into(), self.run_dir.clone().into()]
     }
 
     /// From the arguments; `None` when they are malformed.
     pub fn from_args(args: &[OsString]) -> Option<Self> {
-        let [route, run_dir, key] = args else { return None };
+        let [route, run_dir] = args else { return None };
         let hex = route.to_str().filter(|h| h.len() == 32 && h.is_ascii())?;
         let mut bytes = [0u8; 16];
         for (i, byte) in bytes.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).ok()?;
         }
-        Some(Self {
-            route: Route::from_bytes(bytes),
-            run_dir: Path::new(run_dir).into(),
-            key: Path::new(key).into(),
-        })
+        Some(Self { route: Route::from_bytes(bytes), run_dir: Path::new(run_dir).into() })
     }
 }
 
@@ -167,9 +204,7 @@ fn start_reaper(sessions: Sessions) {
         loop {
             match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) => {
-                    let mut all =
-                        sessions.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    all.retain(|_, s| s.pid != pid.as_raw());
+                    lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
                 }
                 _ => std::thread::sleep(REAP_INTERVAL),
             }

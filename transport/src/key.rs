@@ -91,6 +91,18 @@ impl Key {
         Self::parse(text.trim()).map_err(|problem| malformed(path, problem))
     }
 
+    /// Hands the key to a process of our own, through a pipe or socket that only it reads.
+    pub fn hand_over(&self, mut to: impl Write) -> std::io::Result<()> {
+        to.write_all(&self.0[..])
+    }
+
+    /// Takes a key that was handed over.
+    pub fn take_over(mut from: impl Read) -> std::io::Result<Self> {
+        let mut key = Key(Box::new([0; KEY_LEN_BYTES]));
+        from.read_exact(&mut key.0[..])?;
+        Ok(key)
+    }
+
     /// Decodes 64 hexadecimal digits.
     fn parse(digits: &str) -> std::result::Result<Self, &'static str> {
         let mut key = Key(Box::new([0; KEY_LEN_BYTES]));

@@ -3,12 +3,13 @@
 //! This is the blackout: its cost is that of threads, mappings and descriptors. What is slow was read
 //! just before the freeze ([`Prior`]).
 
-use crate::arch::syscall_restart::{RseqFix, name_restarted, rseq_fixup};
+use crate::arch::syscall_restart::name_restarted;
 use crate::arch::xstate::XsaveLayout;
 use crate::capture::files::{FileOptions, StdioPolicy, capture_files};
 use crate::capture::pages::collect_pages;
 use crate::capture::state::outside::{Host, process_outside, thread_outside};
 use crate::capture::state::remote::{ProcessProbe, ThreadProbe, time_left};
+use crate::capture::state::sleep::Sleeps;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::inject::SourceScratch;
@@ -19,7 +20,7 @@ use crate::proc::holders::Holders;
 use crate::proc::maps::{self, MapLine};
 use crate::proc::smaps::{self, SmapsEntry};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::ptrace;
+use crate::sys::{ptrace, task};
 
 /// What is read before the freeze, because it is too slow for it.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub struct Prior {
     pub smaps: Vec<SmapsEntry>,
     /// Who else holds the process's pipes and memory.
     pub holders: Holders,
+    /// Since when threads sleep.
+    pub sleeps: Sleeps,
     /// What becomes of standard streams.
     pub stdio: StdioPolicy,
 }
@@ -37,11 +40,12 @@ pub struct Prior {
 /// Captures a frozen process. Afterwards its threads are still stopped, and thaw exactly.
 pub fn capture(frozen: &Frozen, scratch: &SourceScratch, prior: &Prior) -> Result<Manifest> {
     let pid = frozen.pid();
+    refuse_children(pid, frozen)?;
     let mut process = process_outside(&prior.host, pid)?;
-    let mut threads = threads_outside(frozen, prior)?;
+    let (mut threads, switches) = threads_outside(frozen, prior)?;
     run_probes(frozen, scratch, &mut process, &mut threads)?;
     process.xsave_layout = XsaveLayout::this_cpu().to_words();
-    let fixes = finish_registers(frozen, scratch, &mut threads)?;
+    finish_registers(frozen, scratch, &prior.sleeps, &switches, &mut threads);
     let lines = own_lines(pid, scratch)?;
     let options =
         FileOptions { stdio: &prior.stdio, holders: &prior.holders, memfd_content: true };
@@ -61,10 +65,26 @@ pub fn capture(frozen: &Frozen, scratch: &SourceScratch, prior: &Prior) -> Resul
         pages: Vec::new(),
     };
     manifest.pages = collect_pages(pid, &manifest, scratch.mem(), &Pagemap::open(pid)?)?;
-    for fix in fixes {
-        clear_word(&mut manifest.pages, fix.clear_at);
+    for address in frozen.threads().iter().filter_map(|t| t.rseq_cs_at) {
+        clear_word(&mut manifest.pages, address);
     }
     Ok(manifest)
+}
+
+/// A child that was forked since preflight: its parent must not leave it.
+fn refuse_children(pid: i32, frozen: &Frozen) -> Result<()> {
+    for t in frozen.threads() {
+        let path = format!("/proc/{pid}/task/{}/children", t.tid);
+        let text =
+            std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
+        if let Some(child) = text.split_whitespace().next() {
+            return Err(Error::Refused(format!(
+                "process {pid} has a child, process {child}: process trees can't be moved yet; try \
+                 again when it has ended"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// One line for several blockers: they were all found in the freeze, when preflight had passed.
@@ -73,17 +93,18 @@ fn refuse(blockers: &[Blocker]) -> Error {
     Error::Refused(all.join("; "))
 }
 
-fn threads_outside(frozen: &Frozen, prior: &Prior) -> Result<Vec<Thread>> {
-    frozen
-        .threads()
-        .iter()
-        .map(|t| {
-            let mut thread = thread_outside(&prior.host, frozen.pid(), t.tid)?.thread;
-            thread.sigmask = t.sigmask;
-            thread.xstate = ptrace::get_xstate(t.tid)?;
-            Ok(thread)
-        })
-        .collect()
+/// The threads, and how often each has given up its CPU by itself.
+fn threads_outside(frozen: &Frozen, prior: &Prior) -> Result<(Vec<Thread>, Vec<u64>)> {
+    let mut threads = Vec::with_capacity(frozen.threads().len());
+    let mut switches = Vec::with_capacity(frozen.threads().len());
+    for t in frozen.threads() {
+        let mut outside = thread_outside(&prior.host, frozen.pid(), t.tid)?;
+        outside.thread.sigmask = t.sigmask;
+        outside.thread.xstate = ptrace::get_xstate(t.tid)?;
+        threads.push(outside.thread);
+        switches.push(outside.voluntary_switches);
+    }
+    Ok((threads, switches))
 }
 
 /// Runs the questions that only the process itself can answer.
@@ -110,25 +131,24 @@ fn run_probes(
     probe.collect(&leader.program, &leader.entries, &leader.data, process)
 }
 
-/// Registers as the destination shall interpret them, with the time left of timed waits. Returns the
-/// rseq words to be cleared.
+/// Registers as the destination shall interpret them, with the time left of timed waits.
 fn finish_registers(
     frozen: &Frozen,
     scratch: &SourceScratch,
+    sleeps: &Sleeps,
+    switches: &[u64],
     threads: &mut [Thread],
-) -> Result<Vec<RseqFix>> {
+) {
     let read = |address: u64, out: &mut [u8]| scratch.mem().read(address, out).is_ok();
-    let mut fixes = Vec::new();
-    for (thread, stopped) in threads.iter_mut().zip(frozen.threads()) {
-        let mut regs = name_restarted(&stopped.regs, &read);
+    let now_ns = task::monotonic_ns();
+    for ((thread, stopped), switches) in threads.iter_mut().zip(frozen.threads()).zip(switches) {
+        let regs = name_restarted(&stopped.regs, &read);
         thread.time_left_ns = time_left(&regs, &read);
-        if let Some(fix) = rseq_fixup(&regs, thread.rseq, thread.rseq_sig, &read) {
-            regs = fix.regs;
-            fixes.push(fix);
+        if thread.time_left_ns < 0 {
+            thread.time_left_ns = sleeps.time_left(stopped.tid, &regs, *switches, now_ns, &read);
         }
         thread.regs = regs.to_bytes();
     }
-    Ok(fixes)
 }
 
 /// The program's own mappings: ours is left out.

@@ -4,8 +4,8 @@
 //! would make the kernel allocate them.
 
 use crate::error::{Error, Result};
-use crate::manifest::{Manifest, MappingKind};
-use crate::restore::memory::is_lazy;
+use crate::manifest::{Manifest, vm_flag};
+use crate::restore::memory::{is_lazy, lazy_views};
 use crate::sys::mem::{ProcMem, read_process};
 use crate::sys::pagemap::{PageRun, Pagemap, Wanted};
 use nix::unistd::{Whence, lseek};
@@ -31,6 +31,8 @@ struct Area {
     /// Shared memory: pages may exist in the object without being in this process's page tables, so
     /// the object is asked. With the offset of the area in it.
     object: Option<(File, u64)>,
+    /// A further view of pages that an earlier area names.
+    alias: bool,
 }
 
 /// A run of pages that all exist, or all don't.
@@ -46,8 +48,9 @@ impl FrozenMemory {
     /// Opens the lazy mappings of a frozen process.
     pub fn open(pid: i32, m: &Manifest) -> Result<Self> {
         let mut areas = Vec::new();
-        for v in m.mappings.iter().filter(|v| is_lazy(v)) {
-            let object = if v.kind == MappingKind::ShmemAnon as i32 {
+        let lazy = m.mappings.iter().filter(|v| is_lazy(v));
+        for (v, view) in lazy.zip(lazy_views(m)) {
+            let object = if v.flags & vm_flag::SHARED != 0 {
                 let path = format!("/proc/{pid}/map_files/{:x}-{:x}", v.start, v.end);
                 let file = File::open(&path).map_err(|e| Error::io(format!("open {path}"), e))?;
                 Some((file, v.offset))
@@ -55,7 +58,8 @@ impl FrozenMemory {
                 None
             };
             let page_size = u64::from(v.page_size);
-            areas.push(Area { start: v.start, end: v.end, page_size, object });
+            let alias = view.alias_of.is_some();
+            areas.push(Area { start: v.start, end: v.end, page_size, object, alias });
         }
         Ok(Self { pid, mem: ProcMem::open(pid)?, map: Pagemap::open(pid)?, areas })
     }
@@ -96,9 +100,9 @@ impl FrozenMemory {
         self.mem.read(address, out)
     }
 
-    /// Calls `found` for every run of existing pages, ascending.
+    /// Calls `found` for every run of existing pages, ascending; for pages with several views once.
     pub fn scan(&self, found: &mut dyn FnMut(PageRun)) -> Result<()> {
-        for area in &self.areas {
+        for area in self.areas.iter().filter(|a| !a.alias) {
             self.scan_area(area, area.start..area.end, found)?;
         }
         Ok(())

@@ -58,11 +58,48 @@ pub fn is_lazy(mapping: &Mapping) -> bool {
 
 /// The lazy ranges of a manifest, ascending.
 pub fn lazy_ranges(m: &Manifest) -> Vec<LazyRange> {
-    m.mappings
-        .iter()
-        .filter(|v| is_lazy(v))
-        .map(|v| LazyRange { start: v.start, len_bytes: v.end - v.start, page_size: v.page_size })
-        .collect()
+    m.mappings.iter().filter(|v| is_lazy(v)).map(lazy_range).collect()
+}
+
+fn lazy_range(v: &Mapping) -> LazyRange {
+    LazyRange { start: v.start, len_bytes: v.end - v.start, page_size: v.page_size }
+}
+
+/// A lazy mapping as the page service sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LazyView {
+    /// Where it is.
+    pub range: LazyRange,
+    /// A view of an object of shared memory.
+    pub shared: bool,
+    /// A forked child gets a copy.
+    pub forks: bool,
+    /// The object's pages are named by their addresses in an earlier view, which begins to show this
+    /// view's part at this address.
+    pub alias_of: Option<u64>,
+}
+
+/// The lazy mappings of a manifest. Of several views of one part of shared memory the first names its
+/// pages; both hosts must agree on which.
+pub fn lazy_views(m: &Manifest) -> Vec<LazyView> {
+    // Object, part of it, address of the view that names it.
+    let mut named: Vec<(u32, u64, u64, u64)> = Vec::new();
+    let mut views = Vec::new();
+    for v in m.mappings.iter().filter(|v| is_lazy(v)) {
+        let range = lazy_range(v);
+        let shared = v.flags & vm_flag::SHARED != 0;
+        let end = v.offset.saturating_add(range.len_bytes);
+        let alias_of = named
+            .iter()
+            .find(|n| shared && n.0 == v.object && n.1 <= v.offset && end <= n.2)
+            .map(|n| n.3 + (v.offset - n.1));
+        if shared && alias_of.is_none() {
+            named.push((v.object, v.offset, end, v.start));
+        }
+        let forks = v.flags & (vm_flag::DONTFORK | vm_flag::WIPEONFORK) == 0;
+        views.push(LazyView { range, shared, forks, alias_of });
+    }
+    views
 }
 
 /// Adds the entries that build the address space. `files` knows the descriptors of memfds to be mapped.

@@ -1,5 +1,6 @@
 //! Small work on a restored process that runs already, by ptrace.
 
+use crate::arch::Regs;
 use crate::error::{Error, Result};
 use crate::freeze::{inner_tids, list_threads};
 use crate::inject::one_remote_syscall;
@@ -10,6 +11,8 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// For threads that were woken to get a processor.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Gives threads that went on with the rest of a timed wait their own registers back. A thread that has
 /// left the wait, or is in a signal handler, is left alone.
@@ -29,22 +32,55 @@ pub fn settle_timed(pid: i32, timed: &[TimedThread]) -> Result<()> {
 }
 
 fn settle_one(tid: i32, t: &TimedThread) -> Result<()> {
+    with_stopped(tid, &mut |regs| t.timed.settle(regs)).map(drop)
+}
+
+/// Stops one thread, looks at its registers, sets them if `change` says so, and lets it go. `None` when
+/// it could not be stopped in time: then it is inside the kernel.
+fn with_stopped(
+    tid: i32,
+    change: &mut dyn FnMut(&Regs) -> Option<Regs>,
+) -> Result<Option<Regs>> {
     ptrace::seize(tid)?;
     ptrace::interrupt(tid)?;
     let deadline = Instant::now() + STOP_TIMEOUT;
     loop {
         match ptrace::wait_stop_until(tid, deadline)? {
-            // Still on its way: the tracing ends with this process, nothing is lost.
-            None | Some(Stop::Gone) => return Ok(()),
+            // The tracing ends with the calling thread; nothing is lost.
+            None => return Ok(None),
+            Some(Stop::Gone) => return Err(Error::Gone { pid: tid }),
             Some(Stop::Signal(signal)) => ptrace::cont(tid, signal)?,
             Some(Stop::Trap) => ptrace::cont(tid, libc::SIGTRAP)?,
             Some(Stop::Event) => break,
         }
     }
-    if let Some(regs) = t.timed.settle(&ptrace::get_regs(tid)?) {
-        ptrace::set_regs(tid, &regs)?;
+    let regs = ptrace::get_regs(tid)?;
+    if let Some(new) = change(&regs) {
+        ptrace::set_regs(tid, &new)?;
     }
-    ptrace::detach(tid, 0)
+    ptrace::detach(tid, 0)?;
+    Ok(Some(regs))
+}
+
+/// Waits until no thread of the process is in the runner any more: one that was woken at the gate may
+/// not have run yet. None ever comes back to it.
+pub fn wait_left(pid: i32, range: &Range<u64>) -> Result<()> {
+    let deadline = Instant::now() + LEAVE_TIMEOUT;
+    for tid in list_threads(pid)? {
+        loop {
+            match with_stopped(tid, &mut |_| None) {
+                Ok(Some(regs)) if range.contains(&regs.rip) => {
+                    if Instant::now() >= deadline {
+                        return Err(Error::Refused(format!("thread {tid} does not leave restore")));
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Ok(_) | Err(Error::Gone { .. }) => break,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Removes what restore left mapped in a process.

@@ -7,10 +7,9 @@ use crate::pages::{
 };
 use crate::protocol::{Figures, PresentRun};
 use hdrhistogram::Histogram;
-use slipstream_core::manifest::{Manifest, MappingKind, vm_flag};
+use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
-use slipstream_core::restore::memory::is_lazy;
-use slipstream_core::restore::memory::RING_SLOTS;
+use slipstream_core::restore::memory::{LazyView, RING_SLOTS, lazy_views};
 use slipstream_core::sys::ring;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
 use std::collections::BTreeMap;
@@ -386,34 +385,16 @@ fn install(
     Ok((Delivered::All, false))
 }
 
-/// The lazy regions of a manifest, and for shared memory mapped several times the further views as
-/// (current address, source address of the first view, length).
+/// The lazy regions of a manifest, and the further views of shared memory as (current address, source
+/// address, length).
 fn regions(m: &Manifest) -> (Vec<Region>, Vec<(u64, u64, u64)>) {
-    let mut regions = Vec::new();
-    let mut aliases = Vec::new();
-    // Object, offset range, source address of the view that is the region.
-    let mut views: Vec<(u32, u64, u64, u64)> = Vec::new();
-    for v in m.mappings.iter().filter(|v| is_lazy(v)) {
-        let len_bytes = v.end - v.start;
-        let shared = v.kind == MappingKind::ShmemAnon as i32;
-        if shared {
-            let first = views.iter().find(|(object, start, end, _)| {
-                *object == v.object && *start <= v.offset && v.offset + len_bytes <= *end
-            });
-            if let Some((_, start, _, source)) = first {
-                aliases.push((v.start, source + (v.offset - start), len_bytes));
-                continue;
-            }
-            views.push((v.object, v.offset, v.offset + len_bytes, v.start));
+    let (mut regions, mut aliases) = (Vec::new(), Vec::new());
+    for LazyView { range, shared, forks, alias_of } in lazy_views(m) {
+        let (start, len_bytes, page_size) = (range.start, range.len_bytes, range.page_size);
+        match alias_of {
+            Some(source) => aliases.push((start, source, len_bytes)),
+            None => regions.push(Region { start, len_bytes, page_size, shared, forks }),
         }
-        let stays = vm_flag::DONTFORK | vm_flag::WIPEONFORK;
-        regions.push(Region {
-            start: v.start,
-            len_bytes,
-            page_size: v.page_size,
-            shared,
-            forks: v.flags & stays == 0,
-        });
     }
     (regions, aliases)
 }

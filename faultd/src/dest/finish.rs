@@ -6,7 +6,7 @@ use crate::pages::SpaceId;
 use crate::protocol::PresentRun;
 use slipstream_core::manifest::{Manifest, vm_flag};
 use slipstream_core::proc::maps;
-use slipstream_core::restore::settle::{lock_range, unmap_range};
+use slipstream_core::restore::settle::{lock_range, unmap_range, wait_left};
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::uffd::Uffd;
 use std::ops::Range;
@@ -18,11 +18,15 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const PASSES: usize = 3;
 
 /// Ends fault handling, removes our mappings, and puts back what had to wait for the last page.
-/// `ours` are the ranges that restore mapped.
+/// `ours` are the ranges that restore mapped, that with its code first.
 pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>]) -> Result<()> {
     let pid = process.pid();
     unregister_process(drain, pid);
     unregister_children(drain);
+    match wait_left(pid, &ours[0]) {
+        Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
+        Err(e) => return Err(e.into()),
+    }
     for member in namespace_members(pid) {
         leave(member, ours);
     }

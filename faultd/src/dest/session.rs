@@ -18,7 +18,7 @@ use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::destination::check_destination;
 use slipstream_core::preflight::requirements::Requirements;
 use slipstream_core::restore::engine::{PrepareConfig, Restorer, TimedThread};
-use slipstream_core::restore::memory::{LazyRange, lazy_ranges};
+use slipstream_core::restore::memory::{LazyRange, lazy_views};
 use slipstream_core::restore::newborn::own_vdso;
 use slipstream_core::restore::scratch::{Gate, gate};
 use slipstream_core::restore::settle::settle_timed;
@@ -52,7 +52,7 @@ pub fn run(args: &SessionArgs) -> Result<()> {
     let io = |e| Error::io("take over the agent's descriptors", e);
     let connection = take_handed(0).map_err(io)?;
     let lanes = UnixStream::from(take_handed(1).map_err(io)?);
-    let key = Key::load(&args.key)?;
+    let key = Key::take_over(&lanes).map_err(io)?;
     let channel = Channel::accept(connection, &key, Timeouts::default())?;
     if !channel.route().is_new() || channel.purpose() != Purpose::Control {
         return Err(Error::Protocol("a connection for something else".into()));
@@ -311,7 +311,7 @@ impl Session<'_> {
             .into_iter()
             .map(|lane| bulk::start(Arc::clone(&drain), Box::new(TcpPageLane::new(lane))))
             .collect();
-        receive_present_map(&mut self.receiver, &drain, &lazy_ranges(&manifest))?;
+        receive_present_map(&mut self.receiver, &drain, &named_ranges(&manifest))?;
         self.report_until_complete(&drain)?;
         let drain_us = resumed_at.elapsed().as_micros() as u64;
         let exited = process.exited();
@@ -345,6 +345,11 @@ impl Session<'_> {
         }
         Ok(())
     }
+}
+
+/// The ranges by whose addresses the source names pages.
+fn named_ranges(m: &Manifest) -> Vec<LazyRange> {
+    lazy_views(m).into_iter().filter(|v| v.alias_of.is_none()).map(|v| v.range).collect()
 }
 
 /// Takes the present map as it comes; what lies between two runs does not exist.

@@ -8,6 +8,8 @@ use prost::Message;
 use slipstream_core::capture::assemble::Prior;
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::capture::state::outside::Host;
+use slipstream_core::capture::state::sleep::Sleeps;
+use slipstream_core::freeze::list_threads;
 use slipstream_core::preflight::Blocker;
 use slipstream_core::preflight::source::{SourceOptions, SourceReport, check_process};
 use slipstream_core::proc::holders::{Holders, objects_of};
@@ -37,8 +39,11 @@ pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blo
 
 fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
     let lines = maps::read(pid)?;
+    let mut sleeps = Sleeps::default();
+    sleeps.look(pid, &list_threads(pid)?);
     Ok(Prior {
         host: Host::read()?,
+        sleeps,
         holders: Holders::find(pid, objects_of(pid, &lines)?)?,
         smaps: smaps::read(pid)?,
         stdio: stdio.clone(),
@@ -48,6 +53,7 @@ fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
 /// Reads again, just before the freeze, what changes while preparations go on.
 pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
     local.prior.smaps = smaps::read(pid)?;
+    local.prior.sleeps.look(pid, &list_threads(pid)?);
     Ok(())
 }
 

@@ -94,6 +94,46 @@ pub struct SleepSample {
     voluntary_switches: u64,
     /// When it fell asleep, on our `CLOCK_MONOTONIC`.
     since_ns: i64,
+    /// It goes on with a wait that was stopped before.
+    restarted: bool,
+}
+
+/// All sleeping threads of a process.
+#[derive(Debug, Default)]
+pub struct Sleeps {
+    clock: SleepClock,
+    samples: HashMap<i32, SleepSample>,
+}
+
+impl Sleeps {
+    /// Looks at every thread. To be called early, and again after anything of ours that stopped a
+    /// thread for a moment: a wait it goes on with began when it was first seen.
+    pub fn look(&mut self, pid: i32, tids: &[i32]) {
+        let earlier = std::mem::take(&mut self.samples);
+        for &tid in tids {
+            let Some(mut now) = SleepSample::take(&mut self.clock, pid, tid) else { continue };
+            if let Some(before) = earlier.get(&tid)
+                && now.restarted
+                && (now.args, now.sp) == (before.args, before.sp)
+            {
+                now.since_ns = before.since_ns;
+            }
+            self.samples.insert(tid, now);
+        }
+    }
+
+    /// See [`SleepSample::time_left`]; -1 for a thread that was not seen asleep.
+    pub fn time_left(
+        &self,
+        tid: i32,
+        regs: &Regs,
+        voluntary_switches: u64,
+        frozen_ns: i64,
+        read: ReadMemory,
+    ) -> i64 {
+        let sample = self.samples.get(&tid);
+        sample.map_or(-1, |s| s.time_left(regs, voluntary_switches, frozen_ns, read))
+    }
 }
 
 impl SleepSample {
@@ -105,7 +145,7 @@ impl SleepSample {
             Some(String::from_utf8_lossy(&text).into_owned())
         };
         let first = Scheduled::read(tid, &dir)?;
-        let (args, sp) = blocked_in(&read("syscall")?)?;
+        let (nr, args, sp) = blocked_in(&read("syscall")?)?;
         let stat = read("stat")?;
         let cpu = stat.rsplit(')').next()?.split_whitespace().nth(STAT_CPU - 3)?.parse().ok()?;
         // It must not have run while we were reading.
@@ -113,7 +153,9 @@ impl SleepSample {
             return None;
         }
         let since_ns = first.left_cpu_ns + clock.offset_ns(cpu)?;
-        Some(Self { args, sp, voluntary_switches: first.voluntary_switches, since_ns })
+        let restarted = nr == libc::SYS_restart_syscall as u64;
+        let voluntary_switches = first.voluntary_switches;
+        Some(Self { args, sp, voluntary_switches, since_ns, restarted })
     }
 
     /// Time left, in nanoseconds, of the wait that the thread was stopped in with `regs` at `frozen_ns`
@@ -154,12 +196,13 @@ impl SleepSample {
     }
 }
 
-/// Arguments and stack pointer from `/proc/PID/syscall`: "nr args... sp pc", or "running".
-fn blocked_in(text: &str) -> Option<([u64; 6], u64)> {
+/// Number, arguments and stack pointer from `/proc/PID/syscall`: "nr args... sp pc", or "running".
+fn blocked_in(text: &str) -> Option<(u64, [u64; 6], u64)> {
     let hex = |w: &str| u64::from_str_radix(w.strip_prefix("0x")?, 16).ok();
     let words: Vec<u64> = text.split_whitespace().skip(1).map_while(hex).collect();
     let args = words.get(..6)?.try_into().ok()?;
-    (words.len() == 8).then(|| (args, words[6]))
+    let nr = text.split_whitespace().next()?.parse().ok()?;
+    (words.len() == 8).then(|| (nr, args, words[6]))
 }
 
 #[cfg(test)]

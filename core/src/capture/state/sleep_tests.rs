@@ -123,7 +123,7 @@ fn a_sleep_stopped_twice_is_recognised() {
 #[test]
 fn the_syscall_file_is_parsed() {
     let text = "7 0x1 0x2 0x3 0x4 0x5 0x6 0x7ffe 0x401000\n";
-    assert_eq!(blocked_in(text), Some(([1, 2, 3, 4, 5, 6], 0x7ffe)));
+    assert_eq!(blocked_in(text), Some((7, [1, 2, 3, 4, 5, 6], 0x7ffe)));
     assert_eq!(blocked_in("running\n"), None);
     assert_eq!(blocked_in("-1 0x7ffe 0x401000\n"), None);
 }
