@@ -28,6 +28,20 @@ pub struct Manifest {
     /// Pages sent with the manifest: those certain to be touched at once.
     #[prost(message, repeated, tag = "6")]
     pub pages: Vec<PageData>,
+    /// Guard regions (`MADV_GUARD_INSTALL`), ascending.
+    #[prost(message, repeated, tag = "7")]
+    pub guards: Vec<AddressRange>,
+}
+
+/// A range of addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct AddressRange {
+    /// First address.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    /// Address after the last.
+    #[prost(uint64, tag = "2")]
+    pub end: u64,
 }
 
 /// Process-wide state.

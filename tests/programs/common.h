@@ -156,9 +156,12 @@ static inline bool moved(void) {
 
 /* A path beside the flag file: programs leave nothing elsewhere. The directory belongs to this run alone. */
 static inline const char *scratch_path(const char *name) {
-    static __thread char path[PATH_MAX];
+    /* Several, for calls that take two paths. */
+    static __thread char paths[4][PATH_MAX];
+    static __thread unsigned next;
+    char *path = paths[next++ % 4];
     const char *slash = strrchr(flag_path, '/');
-    snprintf(path, sizeof path, "%.*s/%s", (int)(slash - flag_path), flag_path, name);
+    snprintf(path, PATH_MAX, "%.*s/%s", (int)(slash - flag_path), flag_path, name);
     return path;
 }
 

@@ -6,7 +6,7 @@
 use crate::arch::syscall_restart::name_restarted;
 use crate::arch::xstate::XsaveLayout;
 use crate::capture::files::{FileOptions, StdioPolicy, capture_files};
-use crate::capture::pages::collect_pages;
+use crate::capture::pages::{collect_guards, collect_pages};
 use crate::capture::state::outside::{Host, process_outside, thread_outside};
 use crate::capture::state::remote::{ProcessProbe, ThreadProbe, time_left};
 use crate::capture::state::sleep::Sleeps;
@@ -19,7 +19,7 @@ use crate::proc::classify::{Unclassified, classify};
 use crate::proc::holders::Holders;
 use crate::proc::maps::{self, MapLine};
 use crate::proc::smaps::{self, SmapsEntry};
-use crate::sys::pagemap::Pagemap;
+use crate::sys::pagemap::{Pagemap, Wanted};
 use crate::sys::{ptrace, task};
 
 /// What is read before the freeze, because it is too slow for it.
@@ -33,8 +33,21 @@ pub struct Prior {
     pub holders: Holders,
     /// Since when threads sleep.
     pub sleeps: Sleeps,
+    /// There are guard regions: looking for them walks the page tables, so programs that have none
+    /// are spared that while they are frozen.
+    pub uses_guards: bool,
     /// What becomes of standard streams.
     pub stdio: StdioPolicy,
+}
+
+/// True when the process has guard regions now.
+pub fn uses_guards(pid: i32) -> Result<bool> {
+    let map = Pagemap::open(pid)?;
+    let mut found = false;
+    for line in maps::read(pid)?.iter().filter(|l| l.ino == 0 && !l.path.starts_with(b"[v")) {
+        map.scan(line.start, line.end, Wanted::Guards, &mut |_| found = true)?;
+    }
+    Ok(found)
 }
 
 /// Captures a frozen process. Afterwards its threads are still stopped, and thaw exactly.
@@ -63,8 +76,13 @@ pub fn capture(frozen: &Frozen, scratch: &SourceScratch, prior: &Prior) -> Resul
         files: captured.files,
         descriptors: captured.descriptors,
         pages: Vec::new(),
+        guards: Vec::new(),
     };
-    manifest.pages = collect_pages(pid, &manifest, scratch.mem(), &Pagemap::open(pid)?)?;
+    let map = Pagemap::open(pid)?;
+    if prior.uses_guards {
+        manifest.guards = collect_guards(&manifest.mappings, &map)?;
+    }
+    manifest.pages = collect_pages(pid, &manifest, scratch.mem(), &map)?;
     for address in frozen.threads().iter().filter_map(|t| t.rseq_cs_at) {
         clear_word(&mut manifest.pages, address);
     }

@@ -4,7 +4,7 @@
 
 use crate::arch::Regs;
 use crate::error::{Error, Result};
-use crate::manifest::{Manifest, Mapping, MappingKind, PageData};
+use crate::manifest::{AddressRange, Manifest, Mapping, MappingKind, PageData};
 use crate::restore::memory::is_lazy;
 use crate::sys::mem::{ProcMem, read_process};
 use crate::sys::pagemap::{PageRun, Pagemap, Wanted};
@@ -36,6 +36,18 @@ pub fn collect_pages(pid: i32, m: &Manifest, mem: &ProcMem, map: &Pagemap) -> Re
         }
     }
     runs.iter().map(|r| read_run(pid, mem, r)).collect()
+}
+
+/// Finds guard regions in anonymous memory.
+pub fn collect_guards(mappings: &[Mapping], map: &Pagemap) -> Result<Vec<AddressRange>> {
+    let mut guards: Vec<AddressRange> = Vec::new();
+    for v in mappings.iter().filter(|v| v.kind == MappingKind::Anon as i32) {
+        map.scan(v.start, v.end, Wanted::Guards, &mut |r| match guards.last_mut() {
+            Some(last) if last.end == r.start => last.end = r.end,
+            _ => guards.push(AddressRange { start: r.start, end: r.end }),
+        })?;
+    }
+    Ok(guards)
 }
 
 fn read_run(pid: i32, mem: &ProcMem, run: &PageRun) -> Result<PageData> {

@@ -2,7 +2,7 @@
 
 use crate::arch::Regs;
 use crate::error::{Error, Result};
-use crate::manifest::{Manifest, MappingKind};
+use crate::manifest::{AddressRange, Manifest, MappingKind};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -11,6 +11,7 @@ const ADDRESS_MAX: u64 = 0x7fff_ffff_f000;
 /// `vm.max_map_count` can be raised; nobody raises it beyond this.
 const MAPPINGS_MAX: usize = 4 << 20;
 const THREADS_MAX: usize = 65536;
+const GUARDS_MAX: usize = 1 << 20;
 const FILES_MAX: usize = 1 << 20;
 /// Largest process number the kernel knows (`PID_MAX_LIMIT`).
 const PID_MAX: i32 = 4 << 20;
@@ -98,6 +99,10 @@ fn check_files(m: &Manifest) -> Result<()> {
 }
 
 fn check_pages(m: &Manifest) -> Result<()> {
+    let sound = |g: &AddressRange| g.start < g.end && g.start % PAGE == 0 && g.end % PAGE == 0;
+    if m.guards.len() > GUARDS_MAX || !m.guards.iter().all(sound) {
+        return bad("guard regions");
+    }
     for run in &m.pages {
         let len = run.bytes.len() as u64;
         let end = run.address.checked_add(len);

@@ -135,6 +135,14 @@ pub fn plan_mappings(
         }
     }
     open.close_all(p);
+    for guard in &m.guards {
+        const MADV_GUARD_INSTALL: i32 = 102;
+        p.must(
+            format!("install guard {:x}-{:x} (Linux 6.13)", guard.start, guard.end),
+            libc::SYS_madvise,
+            [guard.start.into(), (guard.end - guard.start).into(), MADV_GUARD_INSTALL.into()],
+        );
+    }
     Ok(())
 }
 

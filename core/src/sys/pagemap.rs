@@ -16,10 +16,13 @@ const IS_FILE: u64 = 1 << 2;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
 const IS_HUGE: u64 = 1 << 6;
+/// Since Linux 6.15; guards exist since 6.13 and look like swapped pages in between.
+const IS_GUARD: u64 = 1 << 8;
 
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
 const ENTRY_FILE: u64 = 1 << 61;
+const ENTRY_GUARD: u64 = 1 << 58;
 
 #[repr(C)]
 #[derive(Default)]
@@ -65,6 +68,32 @@ pub enum Wanted {
     Existing,
     /// Of a private file mapping: pages that were written and so differ from the file.
     Written,
+    /// Guard regions.
+    Guards,
+}
+
+impl Wanted {
+    /// Categories that must be absent, must be present, and of which one must be present, with or
+    /// without a kernel that tells guards apart.
+    fn categories(self, guards: bool) -> [u64; 3] {
+        let guard = if guards { IS_GUARD } else { 0 };
+        let exists = IS_PRESENT | IS_SWAPPED;
+        match self {
+            Wanted::Existing => [guard, guard, exists],
+            Wanted::Written => [guard | IS_FILE, guard | IS_FILE, exists],
+            Wanted::Guards => [0, IS_GUARD, 0],
+        }
+    }
+
+    fn matches(self, entry: u64) -> bool {
+        let guard = entry & ENTRY_GUARD != 0;
+        let exists = !guard && entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
+        match self {
+            Wanted::Existing => exists,
+            Wanted::Written => exists && entry & ENTRY_FILE == 0,
+            Wanted::Guards => guard,
+        }
+    }
 }
 
 /// An open pagemap.
@@ -90,10 +119,17 @@ impl Pagemap {
         wanted: Wanted,
         found: &mut dyn FnMut(PageRun),
     ) -> Result<()> {
-        match self.scan_ioctl(start, end, wanted, found) {
-            Err(Errno::ENOTTY | Errno::EINVAL) => self.scan_read(start, end, wanted, found),
-            other => other.map_err(|e| self.fail(e)),
+        for guards in [true, false] {
+            match self.scan_ioctl(start, end, wanted, guards, found) {
+                // Refused before anything was found: by the category, or as a whole.
+                Err(Errno::ENOTTY | Errno::EINVAL) => {}
+                other => return other.map_err(|e| self.fail(e)),
+            }
+            if wanted == Wanted::Guards {
+                break;
+            }
         }
+        self.scan_read(start, end, wanted, found)
     }
 
     /// True when the page at `address` exists.
@@ -102,7 +138,7 @@ impl Pagemap {
         self.file
             .read_exact_at(&mut raw, address / PAGE * 8)
             .map_err(|e| Error::io(format!("read pagemap of process {}", self.pid), e))?;
-        Ok(u64::from_le_bytes(raw) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0)
+        Ok(Wanted::Existing.matches(u64::from_le_bytes(raw)))
     }
 
     fn fail(&self, errno: Errno) -> Error {
@@ -114,10 +150,11 @@ impl Pagemap {
         start: u64,
         end: u64,
         wanted: Wanted,
+        guards: bool,
         found: &mut dyn FnMut(PageRun),
     ) -> std::result::Result<(), Errno> {
         let mut regions = [ScanRegion::default(); 256];
-        let written = wanted == Wanted::Written;
+        let [inverted, mask, any] = wanted.categories(guards);
         let mut at = start;
         while at < end {
             let mut arg = ScanArg {
@@ -126,10 +163,10 @@ impl Pagemap {
                 end,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
-                category_inverted: if written { IS_FILE } else { 0 },
-                category_mask: if written { IS_FILE } else { 0 },
-                category_anyof_mask: IS_PRESENT | IS_SWAPPED,
-                return_mask: if written { IS_PRESENT } else { IS_HUGE },
+                category_inverted: inverted,
+                category_mask: mask,
+                category_anyof_mask: any,
+                return_mask: if wanted == Wanted::Existing { IS_HUGE } else { IS_PRESENT },
                 ..ScanArg::default()
             };
             // SAFETY: `arg` is the request's structure; `vec` and `vec_len` describe `regions`.
@@ -165,8 +202,7 @@ impl Pagemap {
                 .map_err(|e| Error::io(format!("read pagemap of process {}", self.pid), e))?;
             for entry in buf.chunks_exact(8) {
                 let entry = u64::from_le_bytes(entry.try_into().expect("eight bytes"));
-                let exists = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
-                let hit = exists && (wanted == Wanted::Existing || entry & ENTRY_FILE == 0);
+                let hit = wanted.matches(entry);
                 match (&mut run, hit) {
                     (Some(r), true) => r.end = at + PAGE,
                     (None, true) => {

@@ -5,7 +5,7 @@ use crate::clocks;
 use crate::error::{Error, Result};
 use crate::protocol::Hello;
 use prost::Message;
-use slipstream_core::capture::assemble::Prior;
+use slipstream_core::capture::assemble::{Prior, uses_guards};
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::capture::state::outside::Host;
 use slipstream_core::capture::state::sleep::Sleeps;
@@ -46,6 +46,7 @@ fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
         sleeps,
         holders: Holders::find(pid, objects_of(pid, &lines)?)?,
         smaps: smaps::read(pid)?,
+        uses_guards: uses_guards(pid)?,
         stdio: stdio.clone(),
     })
 }
@@ -53,6 +54,7 @@ fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
 /// Reads again, just before the freeze, what changes while preparations go on.
 pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
     local.prior.smaps = smaps::read(pid)?;
+    local.prior.uses_guards = uses_guards(pid)?;
     local.prior.sleeps.look(pid, &list_threads(pid)?);
     Ok(())
 }
