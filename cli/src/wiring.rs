@@ -1,8 +1,6 @@
 //! The engine of this program: the commands wired to `slipstream-faultd`.
 
-use crate::engine::{
-    Control, Engine, Findings, MigrateRequest, Migration, Result, Session,
-};
+use crate::engine::{Control, Engine, Findings, MigrateRequest, Migration, Result, Session};
 use crate::flags::{AgentArgs, CheckArgs, Destination, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -120,7 +118,9 @@ impl Engine for Wired {
         let deadline = Instant::now() + ABORT_TIMEOUT;
         while Instant::now() < deadline {
             match find() {
-                None => return Ok(format!("migration {id} was given up; the process runs on here")),
+                None => {
+                    return Ok(format!("migration {id} was given up; the process runs on here"));
+                }
                 Some(s) if s.phase != "prepare" => return Err(too_late(id)),
                 Some(_) => std::thread::sleep(Duration::from_millis(20)),
             }

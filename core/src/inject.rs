@@ -116,8 +116,7 @@ impl SourceScratch {
             let mut program = Program::new(slot, slot + slot_len / 2);
             build(thread, &mut program);
             let trap = finish(&mut program, thread, signal);
-            if program.next_address() > slot + slot_len / 2
-                || program.data_end() > slot + slot_len
+            if program.next_address() > slot + slot_len / 2 || program.data_end() > slot + slot_len
             {
                 return Err(Error::Refused("a remote table is too long".into()));
             }
@@ -194,7 +193,9 @@ fn finish(program: &mut Program, thread: &FrozenThread, signal: i32) -> u64 {
 fn wait_trap(tid: pid_t, signal: i32, trap: u64, deadline: Instant) -> Result<()> {
     loop {
         match ptrace::wait_stop_until(tid, deadline)? {
-            None => return Err(Error::sys(format!("remote table on thread {tid}"), Errno::ETIMEDOUT)),
+            None => {
+                return Err(Error::sys(format!("remote table on thread {tid}"), Errno::ETIMEDOUT));
+            }
             Some(Stop::Gone) => return Err(Error::Gone { pid: tid }),
             Some(Stop::Signal(s))
                 if s == signal && arch::current_entry(&ptrace::get_regs(tid)?) == trap =>
@@ -232,11 +233,9 @@ fn trap_signal(frozen: &Frozen) -> Result<i32> {
     let free = CANDIDATES.iter().filter(|s| pending & bit(s) == 0);
     // Go handles every signal; its handlers of these do nothing harmful, and only run if the tracer
     // dies in just that instant.
-    free.clone()
-        .find(|s| caught & bit(s) == 0)
-        .or_else(|| free.clone().next())
-        .copied()
-        .ok_or_else(|| Error::Refused("SIGWINCH, SIGURG and SIGCHLD are all pending; try again".into()))
+    free.clone().find(|s| caught & bit(s) == 0).or_else(|| free.clone().next()).copied().ok_or_else(
+        || Error::Refused("SIGWINCH, SIGURG and SIGCHLD are all pending; try again".into()),
+    )
 }
 
 /// Stops one thread of a running process, has it execute one syscall, and lets it go on.

@@ -79,7 +79,12 @@ impl Program {
     }
 
     /// Adds a syscall whose failure ends the program.
-    pub fn must<const N: usize>(&mut self, what: impl Into<String>, nr: i64, args: [Arg; N]) -> Ref {
+    pub fn must<const N: usize>(
+        &mut self,
+        what: impl Into<String>,
+        nr: i64,
+        args: [Arg; N],
+    ) -> Ref {
         self.push(what.into(), nr as u64, &args, FLAG_MUST)
     }
 

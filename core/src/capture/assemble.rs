@@ -60,8 +60,7 @@ pub fn capture(frozen: &Frozen, scratch: &SourceScratch, prior: &Prior) -> Resul
     process.xsave_layout = XsaveLayout::this_cpu().to_words();
     finish_registers(frozen, scratch, &prior.sleeps, &switches, &mut threads);
     let lines = own_lines(pid, scratch)?;
-    let options =
-        FileOptions { stdio: &prior.stdio, holders: &prior.holders, memfd_content: true };
+    let options = FileOptions { stdio: &prior.stdio, holders: &prior.holders, memfd_content: true };
     let captured = capture_files(pid, &lines, &options).map_err(|b| refuse(&b))?;
     if let Some(object) = captured.unexamined.first() {
         return Err(Error::Refused(format!(
@@ -190,9 +189,7 @@ fn classify_frozen(
         }
     };
     match classify(lines, &prior.smaps, files) {
-        Err(Unclassified::Stale(_)) => {
-            classify(lines, &smaps::read(pid)?, files).map_err(blocked)
-        }
+        Err(Unclassified::Stale(_)) => classify(lines, &smaps::read(pid)?, files).map_err(blocked),
         other => other.map_err(blocked),
     }
 }

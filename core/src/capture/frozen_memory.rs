@@ -84,9 +84,7 @@ impl FrozenMemory {
         })?;
         Ok(Some(match first {
             None => Extent { len_bytes: end - address, present: false },
-            Some(r) if r.start > address => {
-                Extent { len_bytes: r.start - address, present: false }
-            }
+            Some(r) if r.start > address => Extent { len_bytes: r.start - address, present: false },
             Some(r) => Extent { len_bytes: r.end.min(end) - address, present: true },
         }))
     }

@@ -1,7 +1,7 @@
 //! Capture: from a frozen process to a manifest.
 
 pub mod assemble;
+pub mod files;
 pub mod frozen_memory;
 pub mod pages;
 pub mod state;
-pub mod files;

@@ -19,7 +19,12 @@ const ROBUST_ENTRIES_MAX: usize = 64;
 pub const WRITTEN_LEN_MAX: u64 = 256 << 20;
 
 /// Reads the pages that travel with the manifest.
-pub fn collect_pages(pid: i32, m: &Manifest, mem: &ProcMem, map: &Pagemap) -> Result<Vec<PageData>> {
+pub fn collect_pages(
+    pid: i32,
+    m: &Manifest,
+    mem: &ProcMem,
+    map: &Pagemap,
+) -> Result<Vec<PageData>> {
     let mut runs = written_runs(m, map)?;
     let written: u64 = runs.iter().map(|r| r.end - r.start).sum();
     if written > WRITTEN_LEN_MAX {
@@ -69,8 +74,7 @@ fn written_runs(m: &Manifest, map: &Pagemap) -> Result<Vec<PageRun>> {
 fn is_private_file(v: &Mapping) -> bool {
     // A private mapping of a memfd is treated like that of any other file.
     v.kind == MappingKind::FilePrivate as i32
-        || (v.kind == MappingKind::Memfd as i32
-            && v.flags & crate::manifest::vm_flag::SHARED == 0)
+        || (v.kind == MappingKind::Memfd as i32 && v.flags & crate::manifest::vm_flag::SHARED == 0)
 }
 
 /// Pages in lazy mappings that travel with the manifest if they exist.

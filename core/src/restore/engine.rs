@@ -340,7 +340,11 @@ fn entries_of_map(m: &Manifest) -> usize {
             _ => 0,
         })
         .sum();
-    512 + m.guards.len() + 12 * m.mappings.len() + 32 * m.files.len() + 4 * m.descriptors.len() + 4 * watches
+    512 + m.guards.len()
+        + 12 * m.mappings.len()
+        + 32 * m.files.len()
+        + 4 * m.descriptors.len()
+        + 4 * watches
 }
 
 /// Bound on the entries of stage 2.

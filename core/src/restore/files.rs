@@ -266,7 +266,11 @@ impl Planner<'_> {
                 // ext4 notes where a listing begins at the first read; if that were the end, the first
                 // read after a rewind would find nothing (seen on Linux 6.18).
                 let entries = p.data(&[0; 1024]);
-                p.may("begin a listing", libc::SYS_getdents64, [at.into(), entries.into(), 1024.into()]);
+                p.may(
+                    "begin a listing",
+                    libc::SYS_getdents64,
+                    [at.into(), entries.into(), 1024.into()],
+                );
             }
             let args = [at.into(), file.offset.into(), libc::SEEK_SET.into()];
             p.must("set an offset", libc::SYS_lseek, args);

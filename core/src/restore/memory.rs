@@ -173,8 +173,7 @@ fn map_anon(v: &Mapping, extra: i32, p: &mut Program) {
 }
 
 fn map_file(v: &Mapping, fd: Arg, p: &mut Program) {
-    let share =
-        if v.flags & vm_flag::SHARED != 0 { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    let share = if v.flags & vm_flag::SHARED != 0 { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     let noreserve = if v.flags & vm_flag::NORESERVE != 0 { libc::MAP_NORESERVE } else { 0 };
     map(v, share | noreserve | libc::MAP_FIXED_NOREPLACE, fd, v.offset, p);
 }
@@ -183,14 +182,7 @@ fn map(v: &Mapping, flags: i32, fd: Arg, offset: u64, p: &mut Program) {
     p.must(
         format!("map {} {}", hex(v), String::from_utf8_lossy(&v.path)),
         libc::SYS_mmap,
-        [
-            v.start.into(),
-            (v.end - v.start).into(),
-            v.prot.into(),
-            flags.into(),
-            fd,
-            offset.into(),
-        ],
+        [v.start.into(), (v.end - v.start).into(), v.prot.into(), flags.into(), fd, offset.into()],
     );
 }
 
@@ -259,7 +251,8 @@ fn plan_shmem(m: &Manifest, scratch: &Scratch, p: &mut Program) -> Result<()> {
     for views in objects.values() {
         let end = |v: &&Mapping| v.offset.saturating_add(v.end - v.start);
         let len = views.iter().map(end).max().unwrap_or(0);
-        let stop = at.checked_add(len).ok_or_else(|| Error::Manifest("shared memory size".into()))?;
+        let stop =
+            at.checked_add(len).ok_or_else(|| Error::Manifest("shared memory size".into()))?;
         if m.mappings.iter().any(|v| v.start < stop && v.end > at) {
             return Err(Error::Refused(format!(
                 "no room to build {len} bytes of shared memory; try again"
@@ -280,13 +273,7 @@ fn plan_shmem(m: &Manifest, scratch: &Scratch, p: &mut Program) -> Result<()> {
             p.must(
                 format!("map shared memory {}", hex(v)),
                 libc::SYS_mremap,
-                [
-                    (at + v.offset).into(),
-                    0.into(),
-                    len.into(),
-                    MREMAP_MOVE.into(),
-                    v.start.into(),
-                ],
+                [(at + v.offset).into(), 0.into(), len.into(), MREMAP_MOVE.into(), v.start.into()],
             );
             p.must(
                 format!("protect shared memory {}", hex(v)),

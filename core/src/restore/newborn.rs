@@ -9,7 +9,9 @@ use crate::program::{Arg, Op, Program};
 use crate::restore::scratch::{Gate, MEMFD_OFFSET, Scratch, VDSO_LEN};
 use crate::sys::clone;
 use crate::sys::pidfd::PidFd;
-use crate::sys::spawn::{FIRST_HANDED, recv_descriptors, send_descriptors, spawn_with, take_handed};
+use crate::sys::spawn::{
+    FIRST_HANDED, recv_descriptors, send_descriptors, spawn_with, take_handed,
+};
 use libc::pid_t;
 use nix::errno::Errno;
 use nix::mount::MsFlags;
@@ -144,8 +146,8 @@ pub fn launch(
     command.env_clear().env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let fds = [scratch.file().as_fd(), gate.file().as_fd(), theirs.as_fd()];
-    let mut launcher = spawn_with(&mut command, &fds)
-        .map_err(|e| Error::io("start the new process's init", e))?;
+    let mut launcher =
+        spawn_with(&mut command, &fds).map_err(|e| Error::io("start the new process's init", e))?;
     drop(theirs);
     let result = receive_newborn(&ours);
     let _ = launcher.wait();
@@ -176,15 +178,13 @@ pub fn init_main(config: &InitConfig) -> i32 {
         // SAFETY: this process has one thread.
         Ok(()) => match unsafe { nix::unistd::fork() } {
             Ok(ForkResult::Parent { .. }) => 0,
-            Ok(ForkResult::Child) => {
-                match become_init(config, &socket) {
-                    Ok(main) => reap(main, &config.exit_file),
-                    Err(e) => {
-                        let _ = socket.write_all(format!("e{e}").as_bytes());
-                        1
-                    }
+            Ok(ForkResult::Child) => match become_init(config, &socket) {
+                Ok(main) => reap(main, &config.exit_file),
+                Err(e) => {
+                    let _ = socket.write_all(format!("e{e}").as_bytes());
+                    1
                 }
-            }
+            },
             Err(e) => {
                 let _ = socket.write_all(format!("efork: {e}").as_bytes());
                 1

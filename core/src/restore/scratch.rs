@@ -10,7 +10,7 @@
 use crate::arch;
 use crate::error::{Error, Result};
 use crate::program::Program;
-use crate::sys::mapped::{Shared, futex_wake_all, futex_wait, memfd_executable};
+use crate::sys::mapped::{Shared, futex_wait, futex_wake_all, memfd_executable};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -53,7 +53,8 @@ pub struct Gate {
 impl Gate {
     /// Creates the gate of a migration, undecided.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+        let file =
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|e| Error::io(format!("create {}", path.display()), e))?;
         file.set_len(PAGE).map_err(|e| Error::io(format!("size {}", path.display()), e))?;
         Ok(Self { shared: Shared::map(&file, PAGE as usize)?, file })
@@ -238,7 +239,9 @@ impl Scratch {
                 return Ok(());
             }
             if !alive() {
-                return Err(Error::Refused("the new process died while it was being restored".into()));
+                return Err(Error::Refused(
+                    "the new process died while it was being restored".into(),
+                ));
             }
             if Instant::now() >= deadline {
                 return Err(Error::Refused(format!(

@@ -37,10 +37,7 @@ fn settle_one(tid: i32, t: &TimedThread) -> Result<()> {
 
 /// Stops one thread, looks at its registers, sets them if `change` says so, and lets it go. `None` when
 /// it could not be stopped in time: then it is inside the kernel.
-fn with_stopped(
-    tid: i32,
-    change: &mut dyn FnMut(&Regs) -> Option<Regs>,
-) -> Result<Option<Regs>> {
+fn with_stopped(tid: i32, change: &mut dyn FnMut(&Regs) -> Option<Regs>) -> Result<Option<Regs>> {
     ptrace::seize(tid)?;
     ptrace::interrupt(tid)?;
     let deadline = Instant::now() + STOP_TIMEOUT;

@@ -40,7 +40,10 @@ impl ProcMem {
     /// Fills `out` from `address`.
     pub fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
         self.file.read_exact_at(out, address).map_err(|e| {
-            Error::io(format!("read {} bytes at {address:#x} of process {}", out.len(), self.pid), e)
+            Error::io(
+                format!("read {} bytes at {address:#x} of process {}", out.len(), self.pid),
+                e,
+            )
         })
     }
 

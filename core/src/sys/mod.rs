@@ -6,14 +6,15 @@
 //! dereferenced.
 
 pub mod clone;
+pub mod files;
 pub mod mapped;
 pub mod mem;
 pub mod pagemap;
 pub mod pidfd;
-pub mod files;
+pub mod poll;
 pub mod probe;
 pub mod ptrace;
 pub mod ring;
 pub mod spawn;
-pub mod uffd;
 pub mod task;
+pub mod uffd;

@@ -29,7 +29,8 @@ impl PidFd {
     /// Takes a descriptor that names a process; the number is the one this PID namespace sees.
     pub fn adopt(fd: OwnedFd) -> Result<Self> {
         let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
+        let text =
+            std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
         let pid: pid_t = text
             .lines()
             .find_map(|l| l.strip_prefix("Pid:"))

@@ -127,13 +127,9 @@ pub fn pending_signals(tid: pid_t, shared: bool) -> Result<Vec<Vec<u8>>> {
         };
         let mut buf = [0u8; SIGINFO_LEN * BATCH];
         // The address argument carries the query, the data argument the buffer.
-        let got = request(
-            PTRACE_PEEKSIGINFO,
-            tid,
-            (&raw mut args) as usize,
-            buf.as_mut_ptr().cast(),
-        )
-        .map_err(|e| fail(tid, "read pending signals", e))? as usize;
+        let got =
+            request(PTRACE_PEEKSIGINFO, tid, (&raw mut args) as usize, buf.as_mut_ptr().cast())
+                .map_err(|e| fail(tid, "read pending signals", e))? as usize;
         all.extend(buf.chunks_exact(SIGINFO_LEN).take(got).map(<[u8]>::to_vec));
         if got < BATCH {
             return Ok(all);

@@ -16,7 +16,8 @@ const UFFD_API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
 
 /// Event features: FORK, REMAP, REMOVE, UNMAP, missing faults on shmem and hugetlbfs, thread ids.
-pub const FEATURES: u64 = (1 << 1) | (1 << 2) | (1 << 3) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 8);
+pub const FEATURES: u64 =
+    (1 << 1) | (1 << 2) | (1 << 3) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 8);
 
 /// The words of `struct uffdio_api` that ask for [`FEATURES`].
 pub fn api_words() -> [u64; 3] {
@@ -102,7 +103,8 @@ impl Uffd {
         let mut raw = [0u8; MESSAGE_LEN];
         loop {
             // SAFETY: `raw` is a live buffer of the given length.
-            let got = unsafe { libc::read(self.fd.as_raw_fd(), raw.as_mut_ptr().cast(), raw.len()) };
+            let got =
+                unsafe { libc::read(self.fd.as_raw_fd(), raw.as_mut_ptr().cast(), raw.len()) };
             match Errno::result(got) {
                 Ok(n) if n as usize == MESSAGE_LEN => return decode(&raw).map(Some),
                 Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),

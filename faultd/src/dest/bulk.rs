@@ -99,13 +99,16 @@ impl Worker {
 }
 
 /// Installs a reply; of huge pages, as soon as one is whole.
-fn land(drain: &Drain, run: &mut Run, reply: &PageReply<'_>, pieces: &mut Vec<Piece>) -> Result<()> {
+fn land(
+    drain: &Drain,
+    run: &mut Run,
+    reply: &PageReply<'_>,
+    pieces: &mut Vec<Piece>,
+) -> Result<()> {
     let len = u64::from(reply.len_bytes);
     if run.page_size == 4096 {
         return match reply.content {
-            Content::Data(bytes) => {
-                deliver(drain, run, reply.address, Data::Bytes(bytes), pieces)
-            }
+            Content::Data(bytes) => deliver(drain, run, reply.address, Data::Bytes(bytes), pieces),
             Content::Absent => deliver(drain, run, reply.address, Data::Zeros(len), pieces),
             Content::Failed(errno) => Err(unreadable(reply.address, errno)),
         };

@@ -1,5 +1,6 @@
 //! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
 
+use crate::dest::shared_memory::{being_removed, mapped_until};
 use crate::error::{Error, Result};
 use crate::pages::{
     Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SharedRemove, SpaceId,
@@ -13,6 +14,7 @@ use slipstream_core::restore::memory::{LazyView, RING_SLOTS, lazy_views};
 use slipstream_core::sys::ring;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -26,6 +28,10 @@ const FAULT_US_MAX: u64 = 60_000_000;
 pub struct Drain {
     state: RwLock<State>,
     ring: OwnedFd,
+    /// The process, as this host sees it.
+    pid: i32,
+    /// There is anonymous shared memory, of which events don't tell all.
+    has_shared: bool,
     /// Signalled when there may be new work for bulk lanes, or an end.
     news: Condvar,
     news_lock: Mutex<()>,
@@ -75,9 +81,10 @@ pub enum Delivered {
 
 impl Drain {
     /// The drain of a restored process. Pages that came with the manifest are there already.
-    pub fn new(m: &Manifest, mapped: Mapped) -> Result<Self> {
+    pub fn new(m: &Manifest, mapped: Mapped, pid: i32) -> Result<Self> {
         let internal = |e: crate::pages::PagesError| Error::Internal(e.to_string());
         let (regions, aliases) = regions(m);
+        let has_shared = regions.iter().any(|r| r.shared);
         let layout = Layout::new(regions).map_err(internal)?;
         let len = PageTable::len_bytes(&layout);
         let table =
@@ -98,6 +105,8 @@ impl Drain {
                 ring_slot_next: 1,
             }),
             ring: mapped.ring,
+            pid,
+            has_shared,
             news: Condvar::new(),
             news_lock: Mutex::new(()),
             ended: AtomicBool::new(false),
@@ -133,6 +142,8 @@ impl Drain {
 
     fn apply_event(&self, state: &mut State, id: SpaceId) -> Result<Happened> {
         let Some(uffd) = state.uffds.get(&id) else { return Ok(Happened::Nothing) };
+        // Only while the event is unread does its thread wait in the call that raised it.
+        let removing = if self.has_shared { being_removed(self.pid) } else { Vec::new() };
         let event = uffd.read_event().map_err(|e| Error::io("read userfaultfd", e))?;
         let woken = match event {
             None => return Ok(Happened::Nothing),
@@ -141,10 +152,12 @@ impl Drain {
             }
             Some(Event::Fork { child }) => return self.adopt(state, id, child),
             Some(Event::Remove { start, end }) => {
-                state.pages.remove(id, start, end, SharedRemove::Keep)
+                let punched = removing.iter().any(|r| r.start <= start && end <= r.end);
+                let shared = if punched { SharedRemove::Punch } else { SharedRemove::Keep };
+                state.pages.remove(id, start, end, shared)
             }
             Some(Event::Unmap { start, end }) => state.pages.unmap(id, start, end),
-            Some(Event::Remap { from, to, len }) => state.pages.remap(id, from, to, len),
+            Some(Event::Remap { from, to, len }) => self.remap(state, id, from, to, len),
         };
         if let Some(uffd) = state.uffds.get(&id)
             && let Err(e) = uffd.wake(woken.start, woken.end - woken.start)
@@ -152,6 +165,23 @@ impl Drain {
             tracing::debug!("wake {woken:x?}: {e}");
         }
         Ok(Happened::Other)
+    }
+
+    /// Moves pages. Of shared memory the old mapping may still be there.
+    fn remap(&self, state: &mut State, id: SpaceId, from: u64, to: u64, len: u64) -> Range<u64> {
+        if !self.has_shared || id != SpaceId::PROCESS {
+            return state.pages.remap(id, from, to, len);
+        }
+        let end = mapped_until(self.pid, to);
+        if len == 0 {
+            state.pages.alias(id, from, to, end.map_or(0, |end| end - to));
+            return to..to;
+        }
+        let woken = state.pages.remap(id, from, to, len);
+        if mapped_until(self.pid, from).is_none() {
+            state.pages.unmap(id, from, from.saturating_add(len));
+        }
+        woken
     }
 
     /// Takes a forked child's pages over. The ring holds its userfaultfd at once: if this process

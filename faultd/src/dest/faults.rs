@@ -155,8 +155,7 @@ impl Service {
             }
         })?;
         if let Some((source, len_bytes)) = action {
-            let asked =
-                Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
+            let asked = Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
             let waiting = self.asked.entry(source).or_default();
             waiting.push(asked);
             // Another space may be waiting for the same source page already.
@@ -220,11 +219,8 @@ impl Service {
     /// Installs a page; gives it back if an event must be read first.
     fn install(&mut self, stuck: Stuck) -> Result<Option<Stuck>> {
         let Stuck { source, asked, since } = stuck;
-        let data = if asked.absent {
-            Data::Zeros(asked.len_bytes)
-        } else {
-            Data::Bytes(&asked.arrived)
-        };
+        let data =
+            if asked.absent { Data::Zeros(asked.len_bytes) } else { Data::Bytes(&asked.arrived) };
         match self.drain.deliver(asked.space, source, data, &mut self.pieces)? {
             Delivered::All => {
                 self.drain.shared(|state| state.pages.urgent_done(asked.space, source));
@@ -261,9 +257,7 @@ fn find_asked(
     }
     asked
         .iter_mut()
-        .find(|(start, a)| {
-            a.first().is_some_and(|f| address.wrapping_sub(**start) < f.len_bytes)
-        })
+        .find(|(start, a)| a.first().is_some_and(|f| address.wrapping_sub(**start) < f.len_bytes))
         .map(|(start, a)| (*start, a))
 }
 

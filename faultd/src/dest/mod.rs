@@ -5,3 +5,4 @@ pub mod drain;
 pub mod faults;
 pub mod finish;
 pub mod session;
+pub mod shared_memory;

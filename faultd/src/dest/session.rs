@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::events::{Role, Status};
 use crate::failpoints;
 use crate::protocol::{
-    Blocker, Completed, DestinationMessage, Empty, Figures, Hello, PresentRun, Ready, Reason,
-    Resumed, SourceMessage, Verdict,
+    Blocker, Completed, DestinationMessage, Empty, Figures, Hello, MESSAGE_LEN_MAX, PresentRun,
+    Ready, Reason, Resumed, SourceMessage, Verdict,
 };
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
@@ -23,6 +23,7 @@ use slipstream_core::restore::newborn::own_vdso;
 use slipstream_core::restore::scratch::{Gate, gate};
 use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::mem::ProcMem;
+use slipstream_core::sys::poll;
 use slipstream_core::sys::spawn::{recv_descriptors, take_handed};
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Sender, TcpPageLane, Timeouts};
 use std::ops::Range;
@@ -38,6 +39,8 @@ pub const INIT_SUBCOMMAND: &str = "__init";
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 /// For messages while the source is frozen: it rolls back when we give up.
 const FROZEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Between two looks at both connections while lanes are awaited.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const CLOCK_PROBES: usize = 5;
 const BULK_LANES_MAX: u32 = 4;
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -163,9 +166,8 @@ impl Session<'_> {
             }
         };
         let prepared = Prepared { dir, gate, restorer, urgent, bulk };
-        let told = failpoints::pass("destination-prepared").and_then(|()| {
-            say_to_source(&mut self.sender, DestinationMessage::Prepared(Empty {}))
-        });
+        let told = failpoints::pass("destination-prepared")
+            .and_then(|()| say_to_source(&mut self.sender, DestinationMessage::Prepared(Empty {})));
         if let Err(e) = told {
             prepared.restorer.newborn().kill();
             prepared.dir.remove();
@@ -196,9 +198,6 @@ impl Session<'_> {
 
     /// Takes the lanes that the agent hands over, in whatever order they come.
     fn accept_lanes(&mut self, bulk_lanes: u32) -> Result<(Channel, Vec<Channel>)> {
-        self.lanes
-            .set_read_timeout(Some(STEP_TIMEOUT))
-            .map_err(|e| Error::io("set a time-out", e))?;
         let (mut urgent, mut bulk) = (None, Vec::new());
         while urgent.is_none() || bulk.len() < bulk_lanes as usize {
             let channel = Channel::accept(self.next_lane()?, &self.key, Timeouts::default())?;
@@ -217,11 +216,28 @@ impl Session<'_> {
         }
     }
 
-    fn next_lane(&self) -> Result<OwnedFd> {
+    fn next_lane(&mut self) -> Result<OwnedFd> {
+        self.wait_lane_or_end()?;
         let mut byte = [0u8; 1];
         let (_, fds) = recv_descriptors(&self.lanes, &mut byte)
             .map_err(|e| Error::io("wait for a lane", e.into()))?;
         fds.into_iter().next().ok_or_else(|| Error::Protocol("the agent ended".into()))
+    }
+
+    /// Waits until the agent has a lane for us. The source says nothing meanwhile, unless it gives up.
+    fn wait_lane_or_end(&mut self) -> Result<()> {
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        while Instant::now() < deadline {
+            if poll::readable(&self.lanes, POLL_INTERVAL).map_err(|e| Error::io("poll", e))? {
+                return Ok(());
+            }
+            match self.receiver.recv_by(MESSAGE_LEN_MAX, Instant::now()) {
+                Err(slipstream_transport::Error::Timeout { .. }) => {}
+                Ok(_) => return Err(Error::Protocol("the source gave up".into())),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(Error::Protocol("no lanes in time".into()))
     }
 
     /// Offsets that make the process's clocks go on. Within one boot they are what they were.
@@ -260,7 +276,8 @@ impl Session<'_> {
         failpoints::pass("destination-pages")?;
         let timed = prepared.restorer.finish(&manifest, &mapped)?;
         let ours = [prepared.restorer.range(), mapped.ring_range.clone()];
-        let drain = Arc::new(Drain::new(&manifest, mapped)?);
+        let drain =
+            Arc::new(Drain::new(&manifest, mapped, prepared.restorer.newborn().process.pid())?);
         failpoints::pass("destination-restored")?;
         let restore_us = began.elapsed().as_micros() as u64;
         say_to_source(&mut self.sender, DestinationMessage::Ready(Ready { restore_us }))?;
@@ -282,8 +299,7 @@ impl Session<'_> {
         let Prepared { dir, gate: gate_file, restorer, urgent, bulk } = prepared;
         let AtTheGate { manifest, ours, drain, timed } = at;
         let process = &restorer.newborn().process;
-        let fault_thread =
-            faults::start(Arc::clone(&drain), Box::new(TcpPageLane::new(urgent)))?;
+        let fault_thread = faults::start(Arc::clone(&drain), Box::new(TcpPageLane::new(urgent)))?;
         let resumed_at = Instant::now();
         if gate_file.decide(gate::RUN) != gate::RUN {
             return Err(Error::Refused {
@@ -353,17 +369,14 @@ fn named_ranges(m: &Manifest) -> Vec<LazyRange> {
 }
 
 /// Takes the present map as it comes; what lies between two runs does not exist.
-fn receive_present_map(
-    receiver: &mut Receiver,
-    drain: &Drain,
-    lazy: &[LazyRange],
-) -> Result<()> {
+fn receive_present_map(receiver: &mut Receiver, drain: &Drain, lazy: &[LazyRange]) -> Result<()> {
     let mut gaps = Gaps::new(lazy);
     loop {
         match hear_source(receiver, Some(STEP_TIMEOUT))? {
             SourceMessage::PresentMap(map) => {
-                let runs =
-                    map.unpack().ok_or_else(|| Error::Protocol("a malformed present map".into()))?;
+                let runs = map
+                    .unpack()
+                    .ok_or_else(|| Error::Protocol("a malformed present map".into()))?;
                 for run in &runs {
                     for (start, len) in gaps.before(run) {
                         drain.absent(start, len)?;

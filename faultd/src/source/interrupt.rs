@@ -36,12 +36,8 @@ impl Interrupts {
     }
 
     fn interrupt(&self) {
-        let won = self.state.compare_exchange(
-            OPEN,
-            INTERRUPTED,
-            Ordering::SeqCst,
-            Ordering::SeqCst,
-        );
+        let won =
+            self.state.compare_exchange(OPEN, INTERRUPTED, Ordering::SeqCst, Ordering::SeqCst);
         if won.is_ok() {
             for closer in self.lock().iter() {
                 closer.close();

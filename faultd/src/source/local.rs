@@ -32,8 +32,8 @@ pub struct Local {
 pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blocker>> {
     let options = SourceOptions { stdio: stdio.clone(), ..SourceOptions::default() };
     let report = check_process(pid, &options)?;
-    let prior = prior(pid, stdio)
-        .map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
+    let prior =
+        prior(pid, stdio).map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
     Ok(Local { report, prior })
 }
 

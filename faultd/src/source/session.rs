@@ -13,10 +13,10 @@ use crate::protocol::{
     SourceMessage, Verdict,
 };
 use crate::rundir::{self, MigrationDir};
+use crate::source::commit;
 use crate::source::interrupt::Interrupts;
 use crate::source::local::{self, Local};
 use crate::source::page_server::{PageServers, send_present_map};
-use crate::source::commit;
 use prost::Message;
 use slipstream_core::capture::assemble;
 use slipstream_core::capture::files::StdioPolicy;
@@ -477,11 +477,7 @@ fn us(since: Instant) -> u64 {
 }
 
 fn event_blocker(b: &Blocker) -> events::Blocker {
-    events::Blocker {
-        object: b.object.clone(),
-        reason: b.reason.clone(),
-        remedy: b.remedy.clone(),
-    }
+    events::Blocker { object: b.object.clone(), reason: b.reason.clone(), remedy: b.remedy.clone() }
 }
 
 fn destination_blocker(e: &Error) -> events::Blocker {

@@ -7,7 +7,7 @@ pub mod syscall_restart;
 pub mod xstate;
 
 pub use regs::{
-    Context, Regs, SYSCALL_INSN, current_entry, return_value, set_start, set_syscall, syscall_result,
+    Context, Regs, SYSCALL_INSN, current_entry, return_value, set_start, set_syscall,
+    syscall_result,
 };
 pub use runner::{Runner, runner};
-

@@ -92,10 +92,33 @@ impl Regs {
 
     fn words(&self) -> [u64; 27] {
         [
-            self.r15, self.r14, self.r13, self.r12, self.rbp, self.rbx, self.r11, self.r10, self.r9,
-            self.r8, self.rax, self.rcx, self.rdx, self.rsi, self.rdi, self.orig_rax, self.rip,
-            self.cs, self.eflags, self.rsp, self.ss, self.fs_base, self.gs_base, self.ds, self.es,
-            self.fs, self.gs,
+            self.r15,
+            self.r14,
+            self.r13,
+            self.r12,
+            self.rbp,
+            self.rbx,
+            self.r11,
+            self.r10,
+            self.r9,
+            self.r8,
+            self.rax,
+            self.rcx,
+            self.rdx,
+            self.rsi,
+            self.rdi,
+            self.orig_rax,
+            self.rip,
+            self.cs,
+            self.eflags,
+            self.rsp,
+            self.ss,
+            self.fs_base,
+            self.gs_base,
+            self.ds,
+            self.es,
+            self.fs,
+            self.gs,
         ]
     }
 }
@@ -110,8 +133,8 @@ impl Context {
     pub fn words(&self) -> [u64; 20] {
         let r = &self.0;
         [
-            r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx,
-            r.rsi, r.rdi, r.rip, r.cs, r.eflags, r.rsp, r.ss,
+            r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx,
+            r.rdx, r.rsi, r.rdi, r.rip, r.cs, r.eflags, r.rsp, r.ss,
         ]
     }
 }
@@ -150,11 +173,7 @@ pub const SYSCALL_INSN: [u8; 2] = [0x0f, 0x05];
 /// A raw syscall return value as a result.
 pub fn syscall_result(raw: u64) -> Result<u64, Errno> {
     let signed = raw as i64;
-    if (-4095..0).contains(&signed) {
-        Err(Errno::from_raw(-signed as i32))
-    } else {
-        Ok(raw)
-    }
+    if (-4095..0).contains(&signed) { Err(Errno::from_raw(-signed as i32)) } else { Ok(raw) }
 }
 
 #[cfg(test)]
