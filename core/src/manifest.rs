@@ -322,7 +322,7 @@ pub struct Thread {
     /// Command name.
     #[prost(bytes = "vec", tag = "2")]
     pub comm: Vec<u8>,
-    /// Raw `user_regs_struct`, as at the freeze (orig_rax tells the interrupted syscall).
+    /// Raw `user_regs_struct`, as at the freeze (`orig_rax` tells the interrupted syscall).
     #[prost(bytes = "vec", tag = "3")]
     pub regs: Vec<u8>,
     /// Raw XSAVE area in the standard format (`NT_X86_XSTATE`).

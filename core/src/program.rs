@@ -59,6 +59,10 @@ pub enum Op {
     Sigreturn = 0x1_0005,
     /// Leaves the loop by loading the [`arch::Context`] at `arg0` (all integer registers, nothing else).
     Leave = 0x1_0006,
+    /// Uses the matrix tiles once, configured by the 64 bytes at `arg0`, and releases them. Without this
+    /// the kernel has no room yet for a thread's tile data, and `rt_sigreturn` silently restores
+    /// nothing but x87 and SSE state (seen on Linux 6.18).
+    TouchTiles = 0x1_0007,
 }
 
 /// A table of syscalls under construction, and the bytes its arguments point to.
@@ -216,6 +220,9 @@ impl Program {
     }
 
     /// Result of an entry, from the bytes of a table that has run.
+    ///
+    /// # Panics
+    /// When `ran` is not the table that `r` names an entry of.
     pub fn result(ran: &[u8], r: Ref) -> Result<u64, nix::errno::Errno> {
         let at = r.0 * ENTRY_LEN as usize + RESULT_OFFSET as usize;
         let raw = u64::from_le_bytes(ran[at..at + 8].try_into().expect("eight bytes"));

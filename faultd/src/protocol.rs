@@ -150,6 +150,9 @@ pub struct Hello {
     /// Bulk lanes wanted.
     #[prost(uint32, tag = "10")]
     pub bulk_lanes: u32,
+    /// Mapped files carry digests.
+    #[prost(bool, tag = "11")]
+    pub has_digests: bool,
 }
 
 /// The process's clocks at one moment.
@@ -192,6 +195,9 @@ pub struct Verdict {
     /// Bulk lanes to open.
     #[prost(uint32, tag = "4")]
     pub bulk_lanes: u32,
+    /// Files can't be told by device and inode: say hello again with digests of mapped files.
+    #[prost(bool, tag = "5")]
+    pub wants_digests: bool,
 }
 
 /// All threads are at the gate.

@@ -42,7 +42,12 @@ fn check_mappings(m: &Manifest, reserved: &Range<u64>) -> Result<()> {
         let size = u64::from(v.page_size);
         let sound = v.start >= last && v.start < v.end && v.end <= ADDRESS_MAX;
         let page_ok = size.is_power_of_two() && (PAGE..=1 << 30).contains(&size);
-        if !sound || !page_ok || v.start % size != 0 || v.end % size != 0 || v.offset % PAGE != 0 {
+        if !sound
+            || !page_ok
+            || !v.start.is_multiple_of(size)
+            || !v.end.is_multiple_of(size)
+            || !v.offset.is_multiple_of(PAGE)
+        {
             return bad(format!("mapping {:#x}-{:#x} is malformed", v.start, v.end));
         }
         if v.start < reserved.end && v.end > reserved.start {
@@ -99,14 +104,20 @@ fn check_files(m: &Manifest) -> Result<()> {
 }
 
 fn check_pages(m: &Manifest) -> Result<()> {
-    let sound = |g: &AddressRange| g.start < g.end && g.start % PAGE == 0 && g.end % PAGE == 0;
+    let sound = |g: &AddressRange| {
+        g.start < g.end && g.start.is_multiple_of(PAGE) && g.end.is_multiple_of(PAGE)
+    };
     if m.guards.len() > GUARDS_MAX || !m.guards.iter().all(sound) {
         return bad("guard regions");
     }
     for run in &m.pages {
         let len = run.bytes.len() as u64;
         let end = run.address.checked_add(len);
-        if run.address % PAGE != 0 || len == 0 || len % PAGE != 0 || end.is_none() {
+        if !run.address.is_multiple_of(PAGE)
+            || len == 0
+            || !len.is_multiple_of(PAGE)
+            || end.is_none()
+        {
             return bad(format!("pages at {:#x}", run.address));
         }
     }

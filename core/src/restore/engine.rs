@@ -3,7 +3,7 @@
 use crate::arch::Regs;
 use crate::arch::sigframe::Frame;
 use crate::arch::syscall_restart::{self, Resume, Timed};
-use crate::arch::xstate::XsaveLayout;
+use crate::arch::xstate::{XsaveLayout, uses_tile_data};
 use crate::error::{Error, Result};
 use crate::manifest::{Manifest, PageData, Thread};
 use crate::program::{Arg, Op, Program};
@@ -188,27 +188,20 @@ impl Restorer {
             };
             frames.push(frame.place(&mut p, &here)?);
         }
-        let gate = self.plan_gate(&mut p);
+        let never = plan_never(&mut p);
         let followers: Vec<u64> = m
             .threads
             .iter()
             .zip(&frames)
             .skip(1)
-            .map(|(t, frame)| self.plan_follower(t, *frame, gate, &mut p))
+            .map(|(t, frame)| self.plan_follower(t, *frame, never, &mut p))
             .collect::<Result<_>>()?;
         let leader = p.next_address();
-        self.plan_leader(m, frames[0], gate, &followers, mapped.own_fds, &mut p)?;
+        self.plan_leader(m, frames[0], never, &followers, mapped.own_fds, &mut p)?;
         self.scratch.place(&p)?;
         self.scratch.go_on(2, leader);
         self.wait(3, &[&p])?;
         Ok(timed)
-    }
-
-    /// What runs if the gate says NEVER. Returns its address.
-    fn plan_gate(&self, p: &mut Program) -> u64 {
-        let never = p.next_address();
-        p.may("leave: NEVER", libc::SYS_exit_group, [0.into()]);
-        never
     }
 
     fn plan_exit(&self, frame: u64, never: u64, p: &mut Program) {
@@ -276,7 +269,21 @@ impl Restorer {
     }
 }
 
+/// What runs if the gate says NEVER. Returns its address.
+fn plan_never(p: &mut Program) -> u64 {
+    let never = p.next_address();
+    p.may("leave: NEVER", libc::SYS_exit_group, [0.into()]);
+    never
+}
+
 fn plan_own_state(t: &Thread, p: &mut Program) -> Result<()> {
+    if uses_tile_data(&t.xstate) {
+        // Palette 1, one tile of one row of 64 bytes.
+        let mut config = [0u8; 64];
+        (config[0], config[16], config[48]) = (1, 64, 1);
+        let at = p.data_aligned(&config, 64);
+        p.op(Op::TouchTiles, [at.into()]);
+    }
     thread::plan_before_creds(t, p)?;
     creds::plan(t, p)?;
     thread::plan_after_creds(t, p)

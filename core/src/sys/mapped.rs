@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use nix::errno::Errno;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 /// A shared mapping of a file that this process owns. Other processes write to it at any time, so it
@@ -51,7 +51,10 @@ impl Shared {
         self.len == 0
     }
 
-    /// Copies `bytes` to `offset`. Panics when out of range: offsets are ours, never a peer's.
+    /// Copies `bytes` to `offset`.
+    ///
+    /// # Panics
+    /// When out of range: offsets are ours, never a peer's.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset.checked_add(bytes.len()).is_some_and(|end| end <= self.len));
         // SAFETY: the range was just checked to lie in the mapping; source and target don't overlap
@@ -60,6 +63,9 @@ impl Shared {
     }
 
     /// Copies `out.len()` bytes from `offset`.
+    ///
+    /// # Panics
+    /// When out of range.
     pub fn read(&self, offset: usize, out: &mut [u8]) {
         assert!(offset.checked_add(out.len()).is_some_and(|end| end <= self.len));
         // SAFETY: as in `write`.
@@ -68,14 +74,20 @@ impl Shared {
         }
     }
 
-    /// The 32-bit word at `offset`, a multiple of four.
+    /// The 32-bit word at `offset`.
+    ///
+    /// # Panics
+    /// When out of range, or not a multiple of four.
     pub fn word32(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && offset + 4 <= self.len);
         // SAFETY: aligned, in range, and alive as long as `self`; atomics tolerate other writers.
         unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) }
     }
 
-    /// The 64-bit word at `offset`, a multiple of eight.
+    /// The 64-bit word at `offset`.
+    ///
+    /// # Panics
+    /// When out of range, or not a multiple of eight.
     pub fn word64(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset + 8 <= self.len);
         // SAFETY: as in `word32`.
@@ -124,9 +136,4 @@ pub fn futex_wake_all(word: &AtomicU32) {
     unsafe {
         libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX);
     }
-}
-
-/// Compare-and-swap with the ordering a decision between processes needs.
-pub fn decide(word: &AtomicU32, from: u32, to: u32) -> std::result::Result<(), u32> {
-    word.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).map(drop)
 }

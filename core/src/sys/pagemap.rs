@@ -251,7 +251,8 @@ mod tests {
                 -1,
                 0,
             )
-        } as *mut u8;
+        }
+        .cast::<u8>();
         for page in [1usize, 2, 7] {
             // SAFETY: inside the mapping made above.
             unsafe { base.add(page * PAGE as usize).write(1) };

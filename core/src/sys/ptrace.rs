@@ -220,3 +220,10 @@ fn decode(status: i32) -> Stop {
         Stop::Signal(libc::WSTOPSIG(status))
     }
 }
+
+/// For tests: the stop of a thread that must stop soon.
+#[cfg(test)]
+pub(crate) fn stopped(tid: pid_t) -> Stop {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    wait_stop_until(tid, deadline).expect("wait").expect("a stop in time")
+}

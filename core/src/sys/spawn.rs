@@ -16,6 +16,9 @@ const ASIDE: RawFd = 64;
 const HANDED_MAX: usize = 8;
 
 /// Starts a child in which `fds` are open as 3, 4, ... in order.
+///
+/// # Panics
+/// With more than eight descriptors.
 pub fn spawn_with(command: &mut Command, fds: &[BorrowedFd<'_>]) -> io::Result<Child> {
     assert!(fds.len() <= HANDED_MAX);
     let mut raw = [-1; HANDED_MAX];

@@ -1,4 +1,4 @@
-//! userfaultfd: registration, page installation, events. See ioctl_userfaultfd(2).
+//! userfaultfd: registration, page installation, events. See `ioctl_userfaultfd(2)`.
 
 use nix::errno::Errno;
 use std::io;

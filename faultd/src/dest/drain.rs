@@ -263,7 +263,7 @@ impl Drain {
             .present_run(run.start, run.len_bytes)
             .map_err(|e| Error::Protocol(e.to_string()))?;
         if run.huge {
-            self.lock(&self.huge).push(*run);
+            lock(&self.huge).push(*run);
         }
         Ok(())
     }
@@ -282,7 +282,7 @@ impl Drain {
 
     /// Runs that huge pages mapped on the source.
     pub fn huge_runs(&self) -> Vec<PresentRun> {
-        self.lock(&self.huge).clone()
+        lock(&self.huge).clone()
     }
 
     /// Every page of every space has arrived or is gone.
@@ -293,13 +293,13 @@ impl Drain {
     /// Notes how long a thread waited for a page.
     pub fn record_fault(&self, elapsed: Duration) {
         let us = (elapsed.as_micros() as u64).clamp(1, FAULT_US_MAX);
-        self.lock(&self.fault_us).saturating_record(us);
+        lock(&self.fault_us).saturating_record(us);
     }
 
     /// How far it is.
     pub fn figures(&self) -> Figures {
         let s = self.read().pages.statistics();
-        let faults = self.lock(&self.fault_us);
+        let faults = lock(&self.fault_us);
         Figures {
             pages_present: s.pages_present + s.pages_gone,
             pages_total: s.pages_total,
@@ -312,7 +312,7 @@ impl Drain {
 
     /// Waits for news, for at most `timeout`.
     pub fn wait_news(&self, timeout: Duration) {
-        let guard = self.lock(&self.news_lock);
+        let guard = lock(&self.news_lock);
         drop(self.news.wait_timeout(guard, timeout));
     }
 
@@ -333,18 +333,18 @@ impl Drain {
 
     /// Notes the first failure and ends the threads.
     pub fn fail(&self, error: Error) {
-        self.lock(&self.failure).get_or_insert(error);
+        lock(&self.failure).get_or_insert(error);
         self.end();
     }
 
     /// The failure, if there was one.
     pub fn take_failure(&self) -> Option<Error> {
-        self.lock(&self.failure).take()
+        lock(&self.failure).take()
     }
+}
 
-    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
-        mutex.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What arrived.

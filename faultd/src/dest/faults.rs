@@ -179,15 +179,15 @@ impl Service {
             match reply.content {
                 Content::Data(bytes) if whole => {
                     let bytes = bytes.to_vec();
-                    self.finish(source, bytes, false)?;
+                    self.finish(source, &bytes, false)?;
                 }
-                Content::Absent if whole => self.finish(source, Vec::new(), true)?,
+                Content::Absent if whole => self.finish(source, &[], true)?,
                 Content::Data(bytes) => {
                     let first = &mut waiting[0];
                     first.arrived.extend_from_slice(bytes);
                     if first.arrived.len() as u64 == first.len_bytes {
                         let bytes = std::mem::take(&mut first.arrived);
-                        self.finish(source, bytes, false)?;
+                        self.finish(source, &bytes, false)?;
                     }
                 }
                 Content::Absent => {
@@ -195,7 +195,7 @@ impl Service {
                     first.arrived.resize(first.arrived.len() + len as usize, 0);
                     if first.arrived.len() as u64 == first.len_bytes {
                         let bytes = std::mem::take(&mut first.arrived);
-                        self.finish(source, bytes, false)?;
+                        self.finish(source, &bytes, false)?;
                     }
                 }
                 Content::Failed(errno) => return Err(unreadable(address, errno)),
@@ -204,10 +204,10 @@ impl Service {
     }
 
     /// A page is complete: every space that waits for it gets it.
-    fn finish(&mut self, source: u64, bytes: Vec<u8>, absent: bool) -> Result<()> {
+    fn finish(&mut self, source: u64, bytes: &[u8], absent: bool) -> Result<()> {
         for mut asked in self.asked.remove(&source).unwrap_or_default() {
             asked.absent = absent;
-            asked.arrived.clone_from(&bytes);
+            asked.arrived = bytes.to_vec();
             let stuck = Stuck { source, asked, since: Instant::now() };
             if let Some(stuck) = self.install(stuck)? {
                 self.stuck.push(stuck);

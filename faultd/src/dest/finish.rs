@@ -2,7 +2,7 @@
 
 use crate::dest::drain::Drain;
 use crate::error::Result;
-use crate::pages::SpaceId;
+use crate::pages::{SpaceId, Span};
 use crate::protocol::PresentRun;
 use slipstream_core::manifest::{Manifest, vm_flag};
 use slipstream_core::proc::maps;
@@ -57,7 +57,7 @@ fn unregister_children(drain: &Drain) {
             let (Some(space), Some(uffd)) = (state.pages.space(id), state.uffd(id)) else {
                 continue;
             };
-            unregister_spans(space.currents_of(0..u64::MAX).iter().map(|s| s.current()), uffd);
+            unregister_spans(space.currents_of(0..u64::MAX).iter().map(Span::current), uffd);
         }
     });
 }

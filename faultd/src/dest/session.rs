@@ -122,10 +122,12 @@ impl Session<'_> {
     /// Hears what the source wants, and answers with all that stands in the way. `None` when that
     /// ended it.
     fn negotiate(&mut self) -> Result<Option<Hello>> {
-        let hello = match hear_source(&mut self.receiver, Some(STEP_TIMEOUT))? {
-            SourceMessage::Hello(hello) => hello,
-            _ => return unexpected("hello"),
-        };
+        let mut hello = self.hear_hello()?;
+        if !hello.has_digests && hello.boot_id != clocks::boot_id()? {
+            let verdict = Verdict { wants_digests: true, ..Verdict::default() };
+            say_to_source(&mut self.sender, DestinationMessage::Verdict(verdict))?;
+            hello = self.hear_hello()?;
+        }
         failpoints::pass("destination-hello")?;
         let sound = rundir::is_id(&hello.id)
             && hello.ranges.len().is_multiple_of(2)
@@ -146,9 +148,17 @@ impl Session<'_> {
             route: self.args.route.bytes().to_vec(),
             boot_id: clocks::boot_id()?,
             bulk_lanes: hello.bulk_lanes.clamp(1, BULK_LANES_MAX),
+            wants_digests: false,
         };
         say_to_source(&mut self.sender, DestinationMessage::Verdict(verdict))?;
         Ok((!refused).then_some(hello))
+    }
+
+    fn hear_hello(&mut self) -> Result<Hello> {
+        match hear_source(&mut self.receiver, Some(STEP_TIMEOUT))? {
+            SourceMessage::Hello(hello) => Ok(hello),
+            _ => unexpected("hello"),
+        }
     }
 
     fn prepare(&mut self, hello: &Hello) -> Result<Prepared> {
@@ -157,7 +167,7 @@ impl Session<'_> {
         failpoints::pass("destination-lanes")?;
         let offsets = self.clock_offsets(hello)?;
         let dir = MigrationDir::create(&self.args.run_dir, Role::Destination, &hello.id)?;
-        let prepared = self.make_newborn(hello, offsets, &dir);
+        let prepared = Self::make_newborn(hello, offsets, &dir);
         let (gate, restorer) = match prepared {
             Ok(both) => both,
             Err(e) => {
@@ -177,7 +187,6 @@ impl Session<'_> {
     }
 
     fn make_newborn(
-        &self,
         hello: &Hello,
         offsets: Offsets,
         dir: &MigrationDir,

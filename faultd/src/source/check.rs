@@ -1,9 +1,9 @@
 //! `slipstream check`: what would stop a process from moving, without moving it.
 
-use crate::control::{hear_destination, say_to_destination};
-use crate::error::{Error, Result};
+use crate::control::say_to_destination;
+use crate::error::Result;
 use crate::events::{Blocker, Preflight};
-use crate::protocol::{DestinationMessage, Reason, SourceMessage};
+use crate::protocol::{Reason, SourceMessage};
 use crate::rundir;
 use crate::source::local::{self, Local};
 use slipstream_core::capture::files::StdioPolicy;
@@ -28,8 +28,8 @@ pub fn check(
                 .collect(),
         ),
     };
-    if let (Some(local), Some((address, key))) = (local, destination) {
-        match ask(pid, &local, &address, &key, timeout) {
+    if let (Some(mut local), Some((address, key))) = (local, destination) {
+        match ask(pid, &mut local, &address, &key, timeout) {
             Ok(found) => blockers.extend(found),
             Err(e) => blockers.push(Blocker {
                 object: format!("destination {address}"),
@@ -43,7 +43,7 @@ pub fn check(
 
 fn ask(
     pid: i32,
-    local: &Local,
+    local: &mut Local,
     address: &str,
     key: &Path,
     timeout: Duration,
@@ -53,12 +53,8 @@ fn ask(
     let timeouts = Timeouts { connect: timeout, handshake: timeout };
     let channel = Channel::connect(&addresses, &key, Route::NEW, Purpose::Control, timeouts)?;
     let (mut sender, mut receiver) = channel.split();
-    let hello = local::hello(&rundir::new_id()?, pid, local)?;
-    say_to_destination(&mut sender, SourceMessage::Hello(hello))?;
-    let verdict = match hear_destination(&mut receiver, Some(timeout))? {
-        DestinationMessage::Verdict(verdict) => verdict,
-        _ => return Err(Error::Protocol("something else than a verdict".into())),
-    };
+    let id = rundir::new_id()?;
+    let verdict = local::agree(&mut sender, &mut receiver, &id, pid, local, timeout)?;
     let reason = Reason { reason: "this was only a check".into(), remedy: String::new() };
     let _ = say_to_destination(&mut sender, SourceMessage::Abort(reason));
     Ok(verdict

@@ -2,8 +2,9 @@
 //! the blackout.
 
 use crate::clocks;
+use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
-use crate::protocol::Hello;
+use crate::protocol::{DestinationMessage, Hello, SourceMessage, Verdict};
 use prost::Message;
 use slipstream_core::capture::assemble::{Prior, uses_guards};
 use slipstream_core::capture::files::StdioPolicy;
@@ -15,6 +16,8 @@ use slipstream_core::preflight::source::{SourceOptions, SourceReport, check_proc
 use slipstream_core::proc::holders::{Holders, objects_of};
 use slipstream_core::proc::{maps, smaps};
 use slipstream_core::sys::mem::ProcMem;
+use slipstream_transport::{Receiver, Sender};
+use std::time::Duration;
 
 /// Bulk lanes asked for: with two at each end both cores of a small machine are busy.
 const BULK_LANES: u32 = 2;
@@ -60,7 +63,7 @@ pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
 }
 
 /// The opening message.
-pub fn hello(id: &str, pid: i32, local: &Local) -> Result<Hello> {
+fn hello(id: &str, pid: i32, local: &Local) -> Result<Hello> {
     let lines = maps::read(pid)?;
     let offsets = clocks::namespace_offsets(&pid.to_string())?;
     let vdso = match lines.iter().find(|l| l.path == b"[vdso]") {
@@ -83,5 +86,40 @@ pub fn hello(id: &str, pid: i32, local: &Local) -> Result<Hello> {
         boottime_offset_ns: offsets.boottime_ns,
         vdso,
         bulk_lanes: BULK_LANES,
+        has_digests: false,
+    })
+}
+
+/// Says hello and hears the verdict; a destination that can't tell files by device and inode is told
+/// digests of those that are mapped.
+pub fn agree(
+    sender: &mut Sender,
+    receiver: &mut Receiver,
+    id: &str,
+    pid: i32,
+    local: &mut Local,
+    timeout: Duration,
+) -> Result<Verdict> {
+    let mut hello = hello(id, pid, local)?;
+    loop {
+        say_to_destination(sender, SourceMessage::Hello(hello.clone()))?;
+        let verdict = match hear_destination(receiver, Some(timeout))? {
+            DestinationMessage::Verdict(verdict) => verdict,
+            _ => return unexpected("a verdict"),
+        };
+        if !verdict.wants_digests || hello.has_digests {
+            return Ok(verdict);
+        }
+        local.report.fill_digests().map_err(|blockers| refusal(&blockers))?;
+        hello.requirements = local.report.requirements.encode_to_vec();
+        hello.has_digests = true;
+    }
+}
+
+/// The first of several blockers as an error.
+fn refusal(blockers: &[Blocker]) -> Error {
+    blockers.first().map_or(Error::Internal("no blocker".into()), |b| Error::Refused {
+        reason: format!("{}: {}", b.object, b.reason),
+        remedy: b.remedy.clone(),
     })
 }

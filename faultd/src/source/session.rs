@@ -178,19 +178,16 @@ impl Session<'_> {
         error
     }
 
-    fn negotiate(&mut self, local: &Local, id: &str) -> Result<(Connections, Verdict)> {
+    fn negotiate(&mut self, local: &mut Local, id: &str) -> Result<(Connections, Verdict)> {
         let key = Key::load(&self.config.key)?;
         let addresses = resolve(&self.config.destination)?;
         let channel =
             Channel::connect(&addresses, &key, Route::NEW, Purpose::Control, self.timeouts())?;
         self.interrupts.close_on_interrupt(channel.closer());
         let (mut sender, mut receiver) = channel.split();
-        let hello = local::hello(id, self.config.pid, local)?;
-        say_to_destination(&mut sender, SourceMessage::Hello(hello))?;
-        let verdict = match hear_destination(&mut receiver, Some(self.config.timeout))? {
-            DestinationMessage::Verdict(v) => v,
-            _ => return unexpected("a verdict"),
-        };
+        let pid = self.config.pid;
+        let timeout = self.config.timeout;
+        let verdict = local::agree(&mut sender, &mut receiver, id, pid, local, timeout)?;
         if !verdict.blockers.is_empty() {
             let blockers = verdict
                 .blockers

@@ -53,6 +53,9 @@ impl Regs {
     }
 
     /// The structure from a manifest; `None` when the length is wrong.
+    ///
+    /// # Panics
+    /// Never: the length is checked.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         if bytes.len() != REGS_LEN {
             return None;

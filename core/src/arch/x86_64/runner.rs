@@ -72,6 +72,8 @@ global_asm!(
     "je 16f",
     "cmp rax, 0x10006",
     "je 17f",
+    "cmp rax, 0x10007",
+    "je 18f",
     "jmp 9f",
     "10: lock add dword ptr [rdi], esi",
     "jmp 6b",
@@ -119,6 +121,11 @@ global_asm!(
     "lea rsp, [rdi + 112]",
     "pop rdi",
     "iretq",
+    // ldtilecfg [rdi]; tilezero tmm0; tilerelease
+    "18: .byte 0xc4, 0xe2, 0x78, 0x49, 0x07",
+    ".byte 0xc4, 0xe2, 0x7b, 0x49, 0xc0",
+    ".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0",
+    "jmp 6b",
     // failure: header word 0 = entry, word 1 (32 bits) += 1 and woken, then exit_group(70)
     "9: mov [r15], rbx",
     "lea rdi, [r15 + 8]",

@@ -41,7 +41,7 @@ impl Sleeper {
 
     fn stop(&self) -> Regs {
         ptrace::interrupt(self.pid()).expect("interrupt");
-        assert_eq!(ptrace::wait_stop(self.pid()).expect("wait"), ptrace::Stop::Event);
+        assert_eq!(ptrace::stopped(self.pid()), ptrace::Stop::Event);
         ptrace::get_regs(self.pid()).expect("registers")
     }
 }

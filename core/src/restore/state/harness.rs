@@ -128,7 +128,7 @@ impl Child {
     pub fn freeze(&self) {
         ptrace::seize(self.pid).expect("seize");
         ptrace::interrupt(self.pid).expect("interrupt");
-        assert_eq!(ptrace::wait_stop(self.pid).expect("wait"), ptrace::Stop::Event);
+        assert_eq!(ptrace::stopped(self.pid), ptrace::Stop::Event);
     }
 
     /// Undoes [`Child::freeze`].
