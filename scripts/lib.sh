@@ -42,18 +42,12 @@ rust_is_new_enough() {
         [ "$(printf '%s\n' "$rust_min" "${version%%-*}" | sort -V | head -n 1)" = "$rust_min" ]
 }
 
-# A cargo that is new enough: the one in place, else by rustup, which comes from the distribution
-# where it has it and else from its own site.
+# A cargo that is new enough: the one in place, else by rustup where that is installed or packaged.
 need_rust() {
     [ -f "${CARGO_HOME:-$HOME/.cargo}/env" ] && . "${CARGO_HOME:-$HOME/.cargo}/env"
     rust_is_new_enough && return
-    say "installing Rust (at least $rust_min)"
-    if ! command -v rustup >/dev/null && ! apt_install rustup 2>/dev/null; then
-        apt_install curl ca-certificates
-        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-            sh -s -- -y -q --profile minimal --component rustfmt --component clippy
-        . "${CARGO_HOME:-$HOME/.cargo}/env"
-    else
+    if command -v rustup >/dev/null || apt_install rustup 2>/dev/null; then
+        say "installing Rust (at least $rust_min)"
         rustup toolchain install stable --profile minimal --component rustfmt --component clippy
         rustup default stable
         PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
