@@ -135,13 +135,15 @@ pub(crate) struct RecordReader {
     end: usize,
     /// The last receive call emptied the socket.
     drained: bool,
+    /// Most that a call receives.
+    limit_bytes: usize,
 }
 
 impl RecordReader {
     /// A reader that takes up to `records` records of full length at a time.
     pub(crate) fn new(open: Open, records: usize) -> Self {
         let buf = vec![0; records * RECORD_LEN_BYTES_MAX].into_boxed_slice();
-        RecordReader { open, buf, start: 0, end: 0, drained: false }
+        RecordReader { open, buf, start: 0, end: 0, drained: false, limit_bytes: usize::MAX }
     }
 
     /// Changes the size of the buffer and keeps what is in it, which must fit.
@@ -227,9 +229,15 @@ impl RecordReader {
         self.start = 0;
     }
 
+    /// Has a call receive at most so many records.
+    pub(crate) fn limit(&mut self, records: usize) {
+        self.limit_bytes = records.saturating_mul(RECORD_LEN_BYTES_MAX);
+    }
+
     fn receive(&mut self, socket: &Socket, block: Block) -> Result<Fill> {
-        let room = self.buf.len() - self.end;
-        match socket.recv(&mut self.buf[self.end..], block)? {
+        let room = (self.buf.len() - self.end).min(self.limit_bytes);
+        let end = self.end + room;
+        match socket.recv(&mut self.buf[self.end..end], block)? {
             Wait::NotYet => Ok(Fill::NotYet),
             Wait::Done(0) => Ok(Fill::End),
             Wait::Done(len) => {

@@ -19,6 +19,7 @@ use crate::wire::{
     encode_request,
 };
 use nix::poll::PollFlags;
+use crate::pace::Pace;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -42,6 +43,7 @@ pub struct TcpPageLane {
     outstanding: Outstanding,
     /// What is left of the record that is being taken apart.
     record: Range<usize>,
+    pace: Arc<Pace>,
 }
 
 impl TcpPageLane {
@@ -50,7 +52,15 @@ impl TcpPageLane {
         let (socket, mut writer, mut reader) = channel.into_parts();
         writer.resize(REQUEST_RECORDS);
         reader.resize(PAGE_RECORDS);
-        TcpPageLane { socket, writer, reader, outstanding: Outstanding::default(), record: 0..0 }
+        let outstanding = Outstanding::default();
+        TcpPageLane { socket, writer, reader, outstanding, record: 0..0, pace: Arc::default() }
+    }
+
+    /// Makes it a bulk lane that makes room for urgent ones.
+    #[must_use]
+    pub fn with_pace(mut self, pace: Arc<Pace>) -> Self {
+        self.pace = pace;
+        self
     }
 
     /// Sizes of the kernel's socket buffers; without this the kernel sizes them itself.
@@ -74,6 +84,7 @@ impl TcpPageLane {
                 self.record = range;
                 return Ok(true);
             }
+            self.reader.limit(if self.pace.is_hurried() { 1 } else { PAGE_RECORDS });
             let block = if self.outstanding.is_empty() { Block::No } else { block };
             let fill = if block == Block::No || self.writer.flush(&self.socket, Block::No)? {
                 self.reader.fill(&self.socket, block)?
@@ -152,6 +163,7 @@ pub struct PageServer {
     writer: RecordWriter,
     /// The peer's last byte has come.
     ended: bool,
+    pace: Arc<Pace>,
 }
 
 impl PageServer {
@@ -160,7 +172,14 @@ impl PageServer {
         let (socket, mut writer, mut reader) = channel.into_parts();
         reader.resize(REQUEST_RECORDS);
         writer.resize(PAGE_RECORDS);
-        PageServer { socket, reader, writer, ended: false }
+        PageServer { socket, reader, writer, ended: false, pace: Arc::default() }
+    }
+
+    /// Makes it the server of a bulk lane that makes room for urgent ones.
+    #[must_use]
+    pub fn with_pace(mut self, pace: Arc<Pace>) -> Self {
+        self.pace = pace;
+        self
     }
 
     /// Sizes of the kernel's socket buffers; without this the kernel sizes them itself.
@@ -264,7 +283,7 @@ impl PageServer {
     fn make_room(&mut self, len: usize) -> Result<()> {
         if self.writer.room() < len {
             self.writer.seal(&self.socket)?;
-            if !self.writer.fits_record() {
+            if !self.writer.fits_record() || self.pace.is_hurried() {
                 self.flush()?;
             }
         }

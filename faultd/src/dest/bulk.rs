@@ -5,6 +5,7 @@ use crate::dest::drain::{Data, Delivered, Drain};
 use crate::dest::faults::unreadable;
 use crate::error::Result;
 use crate::pages::{Piece, RunClaim};
+use slipstream_core::sys::task;
 use slipstream_transport::{Block, Content, PageLane, PageReply, PageRequest};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -41,6 +42,7 @@ struct Run {
 /// Starts the thread of a lane. Failures are noted in the drain.
 pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
     std::thread::spawn(move || {
+        task::give_way();
         let mut worker = Worker { drain, lane, runs: VecDeque::new(), pieces: Vec::new() };
         if let Err(e) = worker.run() {
             for run in &worker.runs {

@@ -13,11 +13,12 @@ use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::memory::{LazyView, RING_SLOTS, lazy_views};
 use slipstream_core::sys::ring;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
+use slipstream_transport::Pace;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 /// Fault times from a microsecond to a minute, to two digits.
@@ -32,6 +33,8 @@ pub struct Drain {
     pid: i32,
     /// There is anonymous shared memory, of which events don't tell all.
     has_shared: bool,
+    /// Has bulk lanes make room for faults.
+    pace: Arc<Pace>,
     /// Signalled when there may be new work for bulk lanes, or an end.
     news: Condvar,
     news_lock: Mutex<()>,
@@ -107,6 +110,7 @@ impl Drain {
             ring: mapped.ring,
             pid,
             has_shared,
+            pace: Arc::default(),
             news: Condvar::new(),
             news_lock: Mutex::new(()),
             ended: AtomicBool::new(false),
@@ -288,6 +292,11 @@ impl Drain {
     /// Every page of every space has arrived or is gone.
     pub fn complete(&self) -> bool {
         self.read().pages.complete()
+    }
+
+    /// What has bulk lanes make room for faults.
+    pub fn pace(&self) -> &Arc<Pace> {
+        &self.pace
     }
 
     /// Notes how long a thread waited for a page.

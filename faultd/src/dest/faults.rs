@@ -155,6 +155,7 @@ impl Service {
             }
         })?;
         if let Some((source, len_bytes)) = action {
+            self.drain.pace().hurry();
             let asked = Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
             let waiting = self.asked.entry(source).or_default();
             waiting.push(asked);

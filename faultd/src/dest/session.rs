@@ -334,7 +334,10 @@ impl Session<'_> {
         }
         let bulk_threads: Vec<_> = bulk
             .into_iter()
-            .map(|lane| bulk::start(Arc::clone(&drain), Box::new(TcpPageLane::new(lane))))
+            .map(|lane| {
+                let lane = TcpPageLane::new(lane).with_pace(Arc::clone(drain.pace()));
+                bulk::start(Arc::clone(&drain), Box::new(lane))
+            })
             .collect();
         receive_present_map(&mut self.receiver, &drain, &named_ranges(&manifest))?;
         self.report_until_complete(&drain)?;

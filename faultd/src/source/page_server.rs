@@ -4,14 +4,18 @@ use crate::error::Result;
 use crate::protocol::{PresentRun, RUNS_PER_MAP};
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::sys::task;
-use slipstream_transport::{Channel, Closer, Extent, PageServer, PageSource, Purpose};
+use slipstream_transport::{Channel, Closer, Extent, Pace, PageServer, PageSource, Purpose};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 /// The frozen copy as a page source.
 #[derive(Debug)]
-pub struct Source(pub Arc<FrozenMemory>);
+pub struct Source {
+    memory: Arc<FrozenMemory>,
+    /// Told of every request, if they are urgent.
+    urgent: Option<Arc<Pace>>,
+}
 
 fn io_error(e: slipstream_core::Error) -> io::Error {
     match e {
@@ -23,14 +27,17 @@ fn io_error(e: slipstream_core::Error) -> io::Error {
 
 impl PageSource for Source {
     fn extent(&self, address: u64, len_bytes: u32) -> io::Result<Extent> {
-        match self.0.extent(address, u64::from(len_bytes)).map_err(io_error)? {
+        if let Some(pace) = &self.urgent {
+            pace.hurry();
+        }
+        match self.memory.extent(address, u64::from(len_bytes)).map_err(io_error)? {
             Some(e) => Ok(Extent { len_bytes: e.len_bytes as u32, present: e.present }),
             None => Err(io::Error::from_raw_os_error(libc::EFAULT)),
         }
     }
 
     fn read(&self, address: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read(address, out).map_err(io_error)
+        self.memory.read(address, out).map_err(io_error)
     }
 }
 
@@ -45,11 +52,12 @@ impl PageServers {
     /// Starts a thread a lane.
     pub fn start(lanes: Vec<Channel>, memory: &Arc<FrozenMemory>) -> Self {
         let closers = lanes.iter().map(Channel::closer).collect();
+        let pace = Arc::new(Pace::default());
         let threads = lanes
             .into_iter()
             .map(|channel| {
-                let source = Source(Arc::clone(memory));
-                std::thread::spawn(move || serve(channel, &source))
+                let (memory, pace) = (Arc::clone(memory), Arc::clone(&pace));
+                std::thread::spawn(move || serve(channel, memory, pace))
             })
             .collect();
         Self { threads, closers }
@@ -66,12 +74,18 @@ impl PageServers {
     }
 }
 
-fn serve(channel: Channel, source: &Source) {
+fn serve(channel: Channel, memory: Arc<FrozenMemory>, pace: Arc<Pace>) {
     let purpose = channel.purpose();
+    let mut server = PageServer::new(channel);
+    let mut source = Source { memory, urgent: None };
     if purpose == Purpose::Urgent {
         task::prefer_this_thread();
+        source.urgent = Some(pace);
+    } else {
+        task::give_way();
+        server = server.with_pace(pace);
     }
-    if let Err(e) = PageServer::new(channel).serve(source) {
+    if let Err(e) = server.serve(&source) {
         tracing::info!("lane {purpose:?} ended: {e}");
     }
 }
