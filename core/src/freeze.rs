@@ -10,6 +10,7 @@ use crate::sys::mem::ProcMem;
 use crate::sys::ptrace::{self, Stop};
 use libc::pid_t;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// One stopped thread, with what is needed to let it go as if nothing had happened.
@@ -71,8 +72,6 @@ impl Frozen {
             match ptrace::seize(tid).and_then(|()| ptrace::interrupt(tid)) {
                 Ok(()) => {}
                 Err(Error::Gone { .. }) => continue,
-                // The leader may be a zombie whose threads live on.
-                Err(Error::Sys { errno: nix::errno::Errno::EPERM, .. }) if tid == pid => continue,
                 Err(e) => return Err(e),
             }
             if let Some(thread) = stop(pid, tid, deadline)? {
@@ -120,6 +119,11 @@ impl Frozen {
     /// The stopped threads, the leader first.
     pub fn threads(&self) -> &[FrozenThread] {
         &self.threads
+    }
+
+    /// True when a thread executes in `range`.
+    pub fn any_inside(&self, range: &Range<u64>) -> bool {
+        self.threads.iter().any(|t| range.contains(&t.regs.rip))
     }
 
     /// Lets the process go on exactly where it was.

@@ -119,9 +119,6 @@ pub struct Process {
     /// Commands registered with `membarrier(2)`, as a mask (0 when not known).
     #[prost(uint32, tag = "24")]
     pub membarrier: u32,
-    /// The vdso image, so that the destination can tell whether its own has the same layout.
-    #[prost(bytes = "vec", tag = "25")]
-    pub vdso: Vec<u8>,
     /// Layout of the XSAVE areas ([`crate::arch::xstate::XsaveLayout::to_words`]).
     #[prost(uint64, repeated, tag = "26")]
     pub xsave_layout: Vec<u64>,

@@ -198,6 +198,9 @@ pub struct Verdict {
     /// Files can't be told by device and inode: say hello again with digests of mapped files.
     #[prost(bool, tag = "5")]
     pub wants_digests: bool,
+    /// The destination's kernel has another vdso: no thread may be inside the old one.
+    #[prost(bool, tag = "6")]
+    pub foreign_vdso: bool,
 }
 
 /// All threads are at the gate.

@@ -1,8 +1,10 @@
 //! Every kind of memory comes along: content, protection, sharing, and what was advised about it.
 
+use std::time::Duration;
+
 use slipstream_tests::huge_pages;
 use slipstream_tests::moves::{moves, moves_between};
-use slipstream_tests::{Build, Hosts, Linkage};
+use slipstream_tests::{Build, Hosts, Linkage, Program};
 
 macro_rules! moved_programs {
     ($($(#[$about:meta])* $name:ident),* $(,)?) => {
@@ -60,4 +62,18 @@ linked! {
     heap_musl: "heap" Musl,
     heap_musl_static: "heap" MuslStatic,
     vdso_clock_static: "vdso_clock" Static,
+}
+
+/// The destination has another kernel's vdso: the program goes on calling the functions it knows.
+#[test]
+fn foreign_vdso() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent_with(|command| {
+        command.env("SLIPSTREAM_FOREIGN_VDSO", "1");
+    });
+    let program = Program::start(&hosts, Build::dynamic("vdso_clock"), &[]);
+    let moved = hosts.migrate(&program, &agent).wait().assert_completed();
+    program.tell();
+    moved.wait_end(Duration::from_secs(30));
+    program.assert_ok();
 }

@@ -10,6 +10,7 @@ use crate::lane::{
     PageSource, REPLY_DATA_LEN_BYTES_MAX, checked_extent, errno_of,
 };
 use crate::outstanding::Outstanding;
+use crate::pace::Pace;
 use crate::record::{
     Fill, RECORD_LEN_BYTES_MAX, RECORD_OVERHEAD_BYTES, RecordReader, RecordWriter,
 };
@@ -19,7 +20,6 @@ use crate::wire::{
     encode_request,
 };
 use nix::poll::PollFlags;
-use crate::pace::Pace;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;

@@ -3,9 +3,10 @@
 use crate::arch::Regs;
 use crate::arch::sigframe::Frame;
 use crate::arch::syscall_restart::{self, Resume, Timed};
+use crate::arch::vdso;
 use crate::arch::xstate::{XsaveLayout, uses_tile_data};
 use crate::error::{Error, Result};
-use crate::manifest::{Manifest, PageData, Thread};
+use crate::manifest::{Manifest, MappingKind, PageData, Thread};
 use crate::program::{Arg, Op, Program};
 use crate::restore::check::check_manifest;
 use crate::restore::files::{place_files, plan_files};
@@ -13,11 +14,12 @@ use crate::restore::memory::{
     LazyRange, RING_LEN, VdsoParts, lazy_ranges, plan_faults, plan_mappings,
 };
 use crate::restore::newborn::{InitConfig, Newborn, end_stage, launch, own_vdso, plan_empty};
-use crate::restore::scratch::{Gate, Scratch, gate};
+use crate::restore::scratch::{Gate, Scratch, VDSO_LEN, gate};
 use crate::restore::state::{creds, process, thread, timers};
 use crate::sys::clone::{CLONE_ARGS_LEN, CloneArgs};
 use crate::sys::mem::ProcMem;
 use crate::sys::uffd::{Installed, Uffd};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -51,6 +53,8 @@ pub struct PrepareConfig {
     pub boottime_offset_ns: i64,
     /// Where init notes how the process ended.
     pub exit_file: PathBuf,
+    /// The process's vdso image, if this kernel's is another.
+    pub foreign_vdso: Option<Vec<u8>>,
 }
 
 /// A restore in progress.
@@ -69,7 +73,7 @@ pub struct Mapped {
     /// The ring that holds it, to hold those of forked children too.
     pub ring: OwnedFd,
     /// Where the ring is mapped.
-    pub ring_range: std::ops::Range<u64>,
+    pub ring_range: Range<u64>,
     /// What is registered.
     pub lazy: Vec<LazyRange>,
     /// Numbers of the two inside the new process, which stage 2 closes.
@@ -104,7 +108,7 @@ impl Restorer {
             boottime_offset_ns: config.boottime_offset_ns,
             exit_file: config.exit_file.clone(),
         };
-        let vdso = VdsoParts(own_vdso());
+        let vdso = VdsoParts { own: own_vdso(), foreign: config.foreign_vdso.clone() };
         let newborn = launch(&config.exe, &config.init_subcommand, &init, &scratch, gate)?;
         let restorer = Self { scratch, newborn, vdso };
         match restorer.wait(1, &[&empty]) {
@@ -121,9 +125,15 @@ impl Restorer {
         &self.newborn
     }
 
-    /// The scratch range inside it.
-    pub fn range(&self) -> std::ops::Range<u64> {
-        self.scratch.range()
+    /// What is to be unmapped when the process needs nothing of us any more, the runner's range first.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let all = self.scratch.range();
+        if self.vdso.foreign.is_none() {
+            return vec![all];
+        }
+        // This kernel's vdso stays where it is parked.
+        let parked = self.scratch.vdso_parking();
+        vec![parked + VDSO_LEN..all.end, all.start..parked]
     }
 
     fn wait(&self, events: u32, programs: &[&Program]) -> Result<()> {
@@ -161,11 +171,29 @@ impl Restorer {
     /// Installs the pages that came with the manifest.
     pub fn install(&self, m: &Manifest, uffd: &Uffd) -> Result<()> {
         let mem = ProcMem::open(self.newborn.process.pid())?;
+        self.install_vdso(m, &mem)?;
         let lazy = lazy_ranges(m);
         for page in &m.pages {
             install_page(page, &lazy, &mem, uffd)?;
         }
         Ok(())
+    }
+
+    /// Writes the image that the program knows, redirected to this kernel's functions.
+    fn install_vdso(&self, m: &Manifest, mem: &ProcMem) -> Result<()> {
+        let at = m.mappings.iter().find(|v| v.kind == MappingKind::Vdso as i32);
+        let (Some(old), Some(v)) = (&self.vdso.foreign, at) else { return Ok(()) };
+        let (Some(first), Some(own)) = (self.vdso.own.first(), self.vdso.own.last()) else {
+            return Err(Error::Refused("this kernel has no vdso".into()));
+        };
+        let mut new = vec![0u8; (own.1 - own.0) as usize];
+        ProcMem::open(std::process::id() as i32)?.read(own.0, &mut new)?;
+        let base = self.scratch.vdso_parking() + (own.0 - first.0);
+        let image = vdso::redirect(old, &new, base).map_err(Error::Refused)?;
+        if image.len() as u64 != v.end - v.start {
+            return Err(Error::Manifest("the size of the vdso".into()));
+        }
+        mem.write(v.start, &image)
     }
 
     /// Stage 2: process state, threads, everything up to the gate. Returns threads that wait with a

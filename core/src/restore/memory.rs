@@ -44,9 +44,14 @@ pub struct MemoryPlan {
     pub lazy: Vec<LazyRange>,
 }
 
-/// Where the new process's own vdso parts are and how long they are, in address order.
+/// What becomes of the vdso.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VdsoParts(pub Vec<(u64, u64)>);
+pub struct VdsoParts {
+    /// Where a new process's own parts are, in address order.
+    pub own: Vec<(u64, u64)>,
+    /// The image the program knows, when this kernel's differs: see [`crate::arch::vdso`].
+    pub foreign: Option<Vec<u8>>,
+}
 
 /// True when pages of this mapping are fetched on demand.
 pub fn is_lazy(mapping: &Mapping) -> bool {
@@ -151,7 +156,8 @@ pub fn plan_mappings(
 pub fn plan_faults(m: &Manifest, p: &mut Program) -> MemoryPlan {
     let lazy = lazy_ranges(m);
     let (uffd, ring, ring_mapping) = plan_uffd(&lazy, p);
-    for v in &m.mappings {
+    let kernels = [MappingKind::Vdso as i32, MappingKind::Vvar as i32];
+    for v in m.mappings.iter().filter(|v| !kernels.contains(&v.kind)) {
         plan_advice(v, p);
     }
     MemoryPlan { uffd, ring, ring_mapping, lazy }
@@ -214,13 +220,20 @@ impl OpenFiles {
 
 /// Moves the new process's own vdso, parked in the scratch range, to where the program knows it.
 fn plan_vdso(m: &Manifest, scratch: &Scratch, vdso: &VdsoParts, p: &mut Program) -> Result<()> {
+    if vdso.foreign.is_some() {
+        // The image is written there once it is mapped; its data pages are used by nobody any more.
+        for v in m.mappings.iter().filter(|v| v.kind == MappingKind::Vdso as i32) {
+            map_anon(v, 0, p);
+        }
+        return Ok(());
+    }
     let special =
         |v: &&Mapping| v.kind == MappingKind::Vdso as i32 || v.kind == MappingKind::Vvar as i32;
     let wanted: Vec<&Mapping> = m.mappings.iter().filter(special).collect();
     if wanted.is_empty() {
         return Ok(());
     }
-    let own = &vdso.0;
+    let own = &vdso.own;
     let same = wanted.len() == own.len()
         && wanted.iter().zip(own).all(|(w, o)| {
             w.end - w.start == o.1 - o.0 && w.start - wanted[0].start == o.0 - own[0].0

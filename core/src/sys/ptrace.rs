@@ -34,9 +34,18 @@ fn fail(tid: pid_t, what: &str, errno: Errno) -> Error {
 
 /// Becomes the tracer of a thread without stopping it.
 pub fn seize(tid: pid_t) -> Result<()> {
-    request(libc::PTRACE_SEIZE, tid, 0, std::ptr::null_mut())
-        .map(drop)
-        .map_err(|e| fail(tid, "seize", e))
+    match request(libc::PTRACE_SEIZE, tid, 0, std::ptr::null_mut()) {
+        Ok(_) => Ok(()),
+        // A thread that has exited and is not reaped yet.
+        Err(Errno::EPERM) if is_dead(tid) => Err(Error::Gone { pid: tid }),
+        Err(e) => Err(fail(tid, "seize", e)),
+    }
+}
+
+fn is_dead(tid: pid_t) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    let state = text.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    matches!(state, None | Some('Z' | 'X'))
 }
 
 /// Asks a seized thread to stop; [`wait_stop_until`] reports when it has.

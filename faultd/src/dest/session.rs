@@ -14,6 +14,7 @@ use crate::protocol::{
 };
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
+use slipstream_core::arch::vdso;
 use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::destination::check_destination;
 use slipstream_core::preflight::requirements::Requirements;
@@ -62,7 +63,7 @@ pub fn run(args: &SessionArgs) -> Result<()> {
     }
     let peer = channel.peer().to_string();
     let (sender, receiver) = channel.split();
-    let mut session = Session { args, key, lanes, sender, receiver, peer };
+    let mut session = Session { args, key, lanes, sender, receiver, peer, vdso: None };
     let result = session.run();
     if let Err(e) = &result {
         let reason = Reason { reason: e.to_string(), remedy: e.remedy().to_owned() };
@@ -78,6 +79,8 @@ struct Session<'a> {
     sender: Sender,
     receiver: Receiver,
     peer: String,
+    /// The process's vdso, if this kernel's is another.
+    vdso: Option<Vec<u8>>,
 }
 
 /// What is ready before the freeze.
@@ -93,7 +96,7 @@ struct Prepared {
 struct AtTheGate {
     manifest: Manifest,
     /// What restore left mapped in the process.
-    ours: [Range<u64>; 2],
+    ours: Vec<Range<u64>>,
     drain: Arc<Drain>,
     timed: Vec<TimedThread>,
 }
@@ -141,7 +144,8 @@ impl Session<'_> {
             .into_iter()
             .map(|b| Blocker { object: b.object, reason: b.reason, remedy: b.remedy })
             .collect();
-        blockers.extend(vdso_blocker(&hello)?);
+        self.vdso = foreign_vdso(&hello)?;
+        blockers.extend(self.vdso.as_ref().and_then(|foreign| vdso_blocker(foreign)));
         let refused = !blockers.is_empty();
         let verdict = Verdict {
             blockers,
@@ -149,6 +153,7 @@ impl Session<'_> {
             boot_id: clocks::boot_id()?,
             bulk_lanes: hello.bulk_lanes.clamp(1, BULK_LANES_MAX),
             wants_digests: false,
+            foreign_vdso: self.vdso.is_some(),
         };
         say_to_source(&mut self.sender, DestinationMessage::Verdict(verdict))?;
         Ok((!refused).then_some(hello))
@@ -167,7 +172,7 @@ impl Session<'_> {
         failpoints::pass("destination-lanes")?;
         let offsets = self.clock_offsets(hello)?;
         let dir = MigrationDir::create(&self.args.run_dir, Role::Destination, &hello.id)?;
-        let prepared = Self::make_newborn(hello, offsets, &dir);
+        let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone());
         let (gate, restorer) = match prepared {
             Ok(both) => both,
             Err(e) => {
@@ -190,6 +195,7 @@ impl Session<'_> {
         hello: &Hello,
         offsets: Offsets,
         dir: &MigrationDir,
+        foreign_vdso: Option<Vec<u8>>,
     ) -> Result<(Gate, Restorer)> {
         let gate = Gate::create(&dir.file("gate"))?;
         let config = PrepareConfig {
@@ -200,6 +206,7 @@ impl Session<'_> {
             monotonic_offset_ns: offsets.monotonic_ns,
             boottime_offset_ns: offsets.boottime_ns,
             exit_file: dir.file("exit"),
+            foreign_vdso,
         };
         let restorer = Restorer::prepare(&config, &gate)?;
         Ok((gate, restorer))
@@ -284,7 +291,8 @@ impl Session<'_> {
         prepared.restorer.install(&manifest, &mapped.uffd)?;
         failpoints::pass("destination-pages")?;
         let timed = prepared.restorer.finish(&manifest, &mapped)?;
-        let ours = [prepared.restorer.range(), mapped.ring_range.clone()];
+        let mut ours = prepared.restorer.ranges();
+        ours.push(mapped.ring_range.clone());
         let drain =
             Arc::new(Drain::new(&manifest, mapped, prepared.restorer.newborn().process.pid())?);
         failpoints::pass("destination-restored")?;
@@ -451,24 +459,30 @@ impl Gaps {
     }
 }
 
-/// The process goes on calling its vdso at the addresses it knows, so ours must be the same.
-fn vdso_blocker(hello: &Hello) -> Result<Option<Blocker>> {
+/// The image of the process's vdso, if this kernel's is another.
+fn foreign_vdso(hello: &Hello) -> Result<Option<Vec<u8>>> {
     if hello.vdso.is_empty() {
         return Ok(None);
     }
-    let own = match own_vdso().last() {
-        Some((start, end)) => {
-            let mut image = vec![0u8; (end - start) as usize];
-            ProcMem::open(std::process::id() as i32)?.read(*start, &mut image)?;
-            image
-        }
-        None => Vec::new(),
+    let same = own_vdso_image()? == hello.vdso && !failpoints::pretends_foreign_vdso();
+    Ok((!same).then(|| hello.vdso.clone()))
+}
+
+fn own_vdso_image() -> Result<Vec<u8>> {
+    let Some((start, end)) = own_vdso().last().copied() else { return Ok(Vec::new()) };
+    let mut image = vec![0u8; (end - start) as usize];
+    ProcMem::open(std::process::id() as i32)?.read(start, &mut image)?;
+    Ok(image)
+}
+
+/// Whether the functions of a foreign vdso can be had here.
+fn vdso_blocker(foreign: &[u8]) -> Option<Blocker> {
+    let reason = match own_vdso_image() {
+        Ok(own) => vdso::redirect(foreign, &own, 0).err()?,
+        Err(e) => e.to_string(),
     };
-    Ok((own != hello.vdso).then(|| Blocker {
-        object: "destination".into(),
-        reason: "its kernel's vdso differs from the source's".into(),
-        remedy: "move to a host with the same kernel build".into(),
-    }))
+    let remedy = "move to a host whose kernel is as new".into();
+    Some(Blocker { object: "destination".into(), reason, remedy })
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use slipstream_core::proc::holders::{Holders, objects_of};
 use slipstream_core::proc::{maps, smaps};
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_transport::{Receiver, Sender};
+use std::ops::Range;
 use std::time::Duration;
 
 /// Bulk lanes asked for: with two at each end both cores of a small machine are busy.
@@ -29,6 +30,14 @@ pub struct Local {
     pub report: SourceReport,
     /// What capture needs.
     pub prior: Prior,
+    /// Where no thread may be when it is frozen.
+    pub avoid: Option<Range<u64>>,
+}
+
+/// Where the process has its vdso.
+pub fn vdso_range(pid: i32) -> Result<Option<Range<u64>>> {
+    let lines = maps::read(pid)?;
+    Ok(lines.iter().find(|l| l.path == b"[vdso]").map(|l| l.start..l.end))
 }
 
 /// Looks at the process. All blockers are found in one pass.
@@ -37,7 +46,7 @@ pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blo
     let report = check_process(pid, &options)?;
     let prior =
         prior(pid, stdio).map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
-    Ok(Local { report, prior })
+    Ok(Local { report, prior, avoid: None })
 }
 
 fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {

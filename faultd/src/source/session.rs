@@ -28,6 +28,7 @@ use slipstream_core::preflight::Blocker;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -141,6 +142,9 @@ impl Session<'_> {
         id: &str,
     ) -> Result<(Connections, Vec<Channel>, SourceScratch)> {
         let (mut link, verdict) = self.negotiate(local, id)?;
+        if verdict.foreign_vdso {
+            local.avoid = local::vdso_range(self.config.pid)?;
+        }
         let lanes = self.connect_lanes(&link, &verdict)?;
         let scratch = self.prepare(&mut link, local)?;
         Ok((link, lanes, scratch))
@@ -264,7 +268,8 @@ impl Session<'_> {
     ) -> Result<AtTheBrink> {
         self.enter("freeze");
         let frozen_at = Instant::now();
-        let mut frozen = Frozen::freeze(self.config.pid, self.config.timeout)?;
+        let mut frozen =
+            freeze_outside(self.config.pid, local.avoid.as_ref(), self.config.timeout)?;
         let mut parts = BlackoutParts { freeze_us: us(frozen_at), ..BlackoutParts::default() };
         failpoints::pass("source-frozen")?;
         let captured_at = Instant::now();
@@ -457,6 +462,26 @@ impl Session<'_> {
             reason,
             remedy: error.remedy().to_owned(),
             outcome,
+        }
+    }
+}
+
+/// Freezes the process while no thread is inside `avoid`; a thread that is there leaves it at once.
+fn freeze_outside(pid: i32, avoid: Option<&Range<u64>>, timeout: Duration) -> Result<Frozen> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let frozen = Frozen::freeze(pid, timeout)?;
+        let inside = |range: &Range<u64>| frozen.any_inside(range);
+        if !avoid.is_some_and(inside) {
+            return Ok(frozen);
+        }
+        frozen.thaw()?;
+        if Instant::now() >= deadline {
+            return Err(Error::Refused {
+                reason: "its threads are in the vdso all the time, and the destination has another"
+                    .into(),
+                remedy: "try again, or move to a host with the same kernel".into(),
+            });
         }
     }
 }

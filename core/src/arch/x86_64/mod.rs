@@ -4,6 +4,7 @@ mod regs;
 mod runner;
 pub mod sigframe;
 pub mod syscall_restart;
+pub mod vdso;
 pub mod xstate;
 
 pub use regs::{

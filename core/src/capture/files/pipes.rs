@@ -64,12 +64,17 @@ fn read_content(pipe: BorrowedFd<'_>, capacity: i32) -> nix::Result<Vec<Vec<u8>>
     let (from, to) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     // As many slots as the original, since short writes fill a slot each.
     sys::set_pipe_capacity(to.as_fd(), capacity)?;
-    if sys::tee(pipe, to.as_fd(), waiting)? != waiting {
+    let copied = match sys::tee(pipe, to.as_fd(), waiting) {
+        Err(Errno::EAGAIN) => 0,
+        other => other?,
+    };
+    // Of a running process (preflight) the content may just have been read; that of a frozen one stays.
+    if copied != waiting && sys::bytes_waiting(pipe)? == waiting {
         return Err(Errno::EMSGSIZE);
     }
     drop(to);
     let mut pieces: Vec<Vec<u8>> = Vec::new();
-    let mut buffer = vec![0; waiting];
+    let mut buffer = vec![0; copied.max(1)];
     loop {
         match nix::unistd::read(from.as_fd(), &mut buffer) {
             Ok(0) => return Ok(pieces),
