@@ -133,6 +133,13 @@ impl Engine for Wired {
     }
 
     fn session(&self, session: Session, args: &[OsString]) -> Result<u8> {
+        // Started by `/proc/self/exe`, all would be called `exe`.
+        let name = match session {
+            Session::Source => c"slipstream-src",
+            Session::Destination => c"slipstream-dst",
+            Session::Init => c"slipstream-init",
+        };
+        let _ = nix::sys::prctl::set_name(name);
         match session {
             Session::Source => run_source(args),
             Session::Destination => {

@@ -131,6 +131,20 @@ pub fn interrupt_session(run_dir: &Path, id: &str) -> Result<()> {
         .map_err(|e| Error::io("interrupt the session", e.into()))
 }
 
+/// File in which init notes how the process ended.
+pub const EXIT: &str = "exit";
+
+fn read_status(dir: &Path) -> Option<Status> {
+    let mut status: Status =
+        serde_json::from_slice(&fs::read(dir.join("status.json")).ok()?).ok()?;
+    if let Ok(how) = fs::read_to_string(dir.join(EXIT)) {
+        status.phase = "exited".into();
+        status.pid = None;
+        how.trim().clone_into(&mut status.detail);
+    }
+    Some(status)
+}
+
 /// The status files of a run directory. Unreadable ones are left out: they may just be going away.
 pub fn list(run_dir: &Path) -> Result<Vec<Status>> {
     let dir = match fs::read_dir(run_dir) {
@@ -138,10 +152,7 @@ pub fn list(run_dir: &Path) -> Result<Vec<Status>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io(format!("list {}", run_dir.display()), e)),
     };
-    let mut all: Vec<Status> = dir
-        .filter_map(|entry| fs::read(entry.ok()?.path().join("status.json")).ok())
-        .filter_map(|bytes| serde_json::from_slice(&bytes).ok())
-        .collect();
+    let mut all: Vec<Status> = dir.filter_map(|entry| read_status(&entry.ok()?.path())).collect();
     all.sort_by(|a, b| a.id.cmp(&b.id));
     Ok(all)
 }

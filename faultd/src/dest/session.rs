@@ -205,7 +205,7 @@ impl Session<'_> {
             ranges: hello.ranges.chunks_exact(2).map(|r| (r[0], r[1])).collect(),
             monotonic_offset_ns: offsets.monotonic_ns,
             boottime_offset_ns: offsets.boottime_ns,
-            exit_file: dir.file("exit"),
+            exit_file: dir.file(rundir::EXIT),
             foreign_vdso,
         };
         let restorer = Restorer::prepare(&config, &gate)?;
