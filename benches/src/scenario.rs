@@ -200,6 +200,8 @@ fn measure(scenario: &Scenario, plan: &Plan, slipstream: &Path) -> Result<Measur
     let before = Inventory::of(program.pid)?;
     let rate_before = if touches { program.rate(plan.rate_over)? } else { 0.0 };
     warm(scenario.bytes);
+    // What warming did to the program is none of the migration's doing.
+    program.seen(false)?;
     let migration = migrate(&lab, &mut program)?;
     let seen = program.seen(false)?;
     sleep(SETTLE);
