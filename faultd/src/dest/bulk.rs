@@ -17,7 +17,7 @@ const WINDOW_BYTES: u64 = 2 << 20;
 /// Longest run asked for at once.
 const RUN_BYTES_MAX: u64 = 256 << 10;
 /// Longest wait for work before looking whether the drain has ended.
-const IDLE: Duration = Duration::from_millis(20);
+const IDLE: Duration = Duration::from_millis(5);
 /// Pause while the fault thread reads the event that keeps a copy out.
 const BLOCKED_PAUSE: Duration = Duration::from_micros(20);
 /// A page with no mapping and no event that says why is given up after this.

@@ -257,7 +257,6 @@ impl Drain {
     /// A bulk lane is done with a run.
     pub fn finish_run(&self, run: &RunClaim) {
         self.read().pages.finish_run(run);
-        self.tell_news();
     }
 
     /// Source pages exist.

@@ -10,6 +10,9 @@ const WINDOW_BYTES_MIN: u64 = 64 << 10;
 const WINDOW_BYTES_MAX: u64 = 8 << 20;
 /// Most pages ahead of a strided sequence.
 const STRIDE_PAGES_MAX: u32 = 64;
+/// After so many faults in a row that follow no pattern, a thread's next one says nothing about its
+/// neighbourhood: small runs all over would only keep prefetch from long ones.
+const PATTERNLESS_MAX: u32 = 8;
 /// Threads remembered; beyond, the one known longest is forgotten.
 const THREADS_MAX: usize = 256;
 
@@ -28,6 +31,8 @@ struct Detector {
     step: i64,
     window_bytes: u64,
     stride_pages: u32,
+    /// Faults in a row that followed no pattern.
+    patternless: u32,
     hint: Option<Hint>,
     queued: bool,
 }
@@ -55,11 +60,12 @@ impl Hints {
             step: 0,
             window_bytes: WINDOW_BYTES_MIN,
             stride_pages: 0,
+            patternless: 0,
             hint: None,
             queued: false,
         });
-        detector.hint = Some(detector.observe(source, page_size));
-        if !detector.queued {
+        detector.hint = detector.observe(source, page_size);
+        if detector.hint.is_some() && !detector.queued {
             detector.queued = true;
             self.ready.push_front(key);
         }
@@ -104,7 +110,7 @@ impl Hints {
 }
 
 impl Detector {
-    fn observe(&mut self, source: u64, page_size: u64) -> Hint {
+    fn observe(&mut self, source: u64, page_size: u64) -> Option<Hint> {
         let step = source.wrapping_sub(self.last) as i64;
         let first = self.last == u64::MAX;
         // The next fault of a sequence is the first page that prefetch hasn't got to: anywhere up
@@ -115,26 +121,31 @@ impl Detector {
         (self.last, self.step) = (source, step);
         let after = source.saturating_add(page_size);
         if sequential {
-            self.stride_pages = 0;
+            (self.stride_pages, self.patternless) = (0, 0);
             self.window_bytes =
                 (self.window_bytes * 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX.max(page_size));
             if step < 0 {
                 let range = source.saturating_sub(self.window_bytes)..source;
-                return Hint::Window { range, backward: true };
+                return Some(Hint::Window { range, backward: true });
             }
             let range = after..after.saturating_add(self.window_bytes);
-            return Hint::Window { range, backward: false };
+            return Some(Hint::Window { range, backward: false });
         }
         self.window_bytes = WINDOW_BYTES_MIN.max(page_size);
         if strided {
             self.stride_pages = (self.stride_pages * 2).clamp(4, STRIDE_PAGES_MAX);
+            self.patternless = 0;
             let next = source.wrapping_add_signed(step);
-            return Hint::Stride { next, step, page_size, left: self.stride_pages };
+            return Some(Hint::Stride { next, step, page_size, left: self.stride_pages });
         }
         self.stride_pages = 0;
+        self.patternless = self.patternless.saturating_add(1);
+        if self.patternless > PATTERNLESS_MAX {
+            return None;
+        }
         let block = source & !(self.window_bytes - 1);
         let range = block..block.saturating_add(self.window_bytes);
-        Hint::Window { range, backward: false }
+        Some(Hint::Window { range, backward: false })
     }
 }
 
