@@ -58,24 +58,30 @@ impl SourceScratch {
     pub fn map(pid: pid_t, timeout: Duration) -> Result<Self> {
         let threads = crate::freeze::list_threads(pid)?.len() as u64 + SPARE_THREADS;
         let len = (CODE_LEN + LEADER_SLOT_LEN + threads * SLOT_LEN).next_multiple_of(PAGE);
-        let mem = ProcMem::open(pid)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         // Shared, so that the kernel never merges it with a mapping of the program.
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
         let args = [0, len, prot as u64, flags as u64, u64::MAX, 0];
-        let base = one_remote_syscall(pid, libc::SYS_mmap, args, timeout, &mem)?
+        let stopped = OneStopped::stop(pid, timeout)?;
+        let base = stopped
+            .syscall(libc::SYS_mmap, args, timeout)?
             .map_err(|e| Error::sys(format!("map scratch memory in process {pid}"), e))?;
-        let scratch = Self { pid, base, len, mem };
-        scratch.mem.write(base, arch::runner().code)?;
-        Ok(scratch)
+        stopped.mem.write(base, arch::runner().code)?;
+        let mem = stopped.thaw()?;
+        Ok(Self { pid, base, len, mem })
     }
 
-    /// Removes it again from a process that goes on at the source.
+    /// Removes it again from a process that goes on at the source. A process that has executed another
+    /// program since has none, and perhaps something of its own in that place.
     pub fn unmap(self, timeout: Duration) -> Result<()> {
         let args = [self.base, self.len, 0, 0, 0, 0];
-        one_remote_syscall(self.pid, libc::SYS_munmap, args, timeout, &self.mem)?
-            .map(drop)
-            .map_err(|e| Error::sys(format!("unmap scratch memory in process {}", self.pid), e))
+        let stopped = OneStopped::stop(self.pid, timeout)?;
+        if holds_runner(&stopped.mem, self.base) {
+            stopped.syscall(libc::SYS_munmap, args, timeout)?.map_err(|e| {
+                Error::sys(format!("unmap scratch memory in process {}", self.pid), e)
+            })?;
+        }
+        stopped.thaw().map(drop)
     }
 
     /// The mapping, which is not part of the program's own memory.
@@ -101,6 +107,12 @@ impl SourceScratch {
         frozen: &Frozen,
         build: &mut dyn FnMut(&FrozenThread, &mut Program),
     ) -> Result<Vec<Ran>> {
+        if !holds_runner(&ProcMem::open(self.pid)?, self.base) {
+            return Err(Error::Refused(format!(
+                "process {} executed another program while it was being frozen; try again",
+                self.pid
+            )));
+        }
         let signal = trap_signal(frozen)?;
         let header = self.base + CODE_LEN - 64;
         let mut slot = self.base + CODE_LEN;
@@ -238,20 +250,75 @@ fn trap_signal(frozen: &Frozen) -> Result<i32> {
     )
 }
 
-/// Stops one thread of a running process, has it execute one syscall, and lets it go on.
-pub fn one_remote_syscall(
-    pid: pid_t,
-    nr: i64,
-    args: [u64; 6],
-    timeout: Duration,
-    mem: &ProcMem,
-) -> Result<std::result::Result<u64, Errno>> {
-    let insn = find_syscall_insn(pid, mem)?;
-    let frozen = Frozen::freeze_one(pid, timeout)?;
-    let thread = frozen.threads()[0];
-    let raw = remote_syscall(&thread, insn, nr, args, Instant::now() + timeout)?;
-    frozen.thaw()?;
-    Ok(arch::syscall_result(raw))
+/// True if a thread of a process that is not ours to trace is in our loop: parked for good, as the copy
+/// that a migration left here is.
+pub fn is_parked(pid: pid_t) -> Result<bool> {
+    let text = crate::proc::read(pid, "syscall")?;
+    let text = String::from_utf8_lossy(&text);
+    // "running", or the registers with the instruction pointer last.
+    let Some(ip) = text.trim().rsplit_once(" 0x").map(|(_, ip)| u64::from_str_radix(ip, 16)) else {
+        return Ok(false);
+    };
+    let ip = ip.map_err(|_| Error::parse("syscall", &text))?;
+    let mem = ProcMem::open(pid)?;
+    let lines = crate::proc::maps::read(pid)?;
+    let at = lines.iter().find(|l| (l.start..l.end).contains(&ip) && l.shared);
+    Ok(at.is_some_and(|line| holds_runner(&mem, line.start)))
+}
+
+fn holds_runner(mem: &ProcMem, base: u64) -> bool {
+    let code = arch::runner().code;
+    let mut found = vec![0u8; code.len()];
+    mem.read(base, &mut found).is_ok() && found == code
+}
+
+/// One thread of a running process, stopped for a remote syscall or two; dropping it lets the thread go
+/// on. What was learnt about the memory of the process before the stop may be that of a program which is
+/// no more: only what is looked up now, while the thread can't call exec, holds.
+#[derive(Debug)]
+pub struct OneStopped {
+    frozen: Frozen,
+    mem: ProcMem,
+    insn: u64,
+}
+
+impl OneStopped {
+    /// Stops a thread.
+    pub fn stop(pid: pid_t, timeout: Duration) -> Result<Self> {
+        // The search is slow in a process of many mappings, so the thread runs on meanwhile.
+        let before = ProcMem::open(pid).and_then(|mem| find_syscall_insn(pid, &mem));
+        let frozen = Frozen::freeze_one(pid, timeout)?;
+        let mem = ProcMem::open(pid)?;
+        let mut there = [0u8; arch::SYSCALL_INSN.len()];
+        let insn = match before {
+            Ok(at) if mem.read(at, &mut there).is_ok() && there == arch::SYSCALL_INSN => at,
+            _ => find_syscall_insn(pid, &mem)?,
+        };
+        Ok(Self { frozen, mem, insn })
+    }
+
+    /// Memory of the process.
+    pub fn mem(&self) -> &ProcMem {
+        &self.mem
+    }
+
+    /// Has the thread execute a syscall.
+    pub fn syscall(
+        &self,
+        nr: i64,
+        args: [u64; 6],
+        timeout: Duration,
+    ) -> Result<std::result::Result<u64, Errno>> {
+        let thread = self.frozen.threads()[0];
+        let raw = remote_syscall(&thread, self.insn, nr, args, Instant::now() + timeout)?;
+        Ok(arch::syscall_result(raw))
+    }
+
+    /// Lets the thread go on.
+    pub fn thaw(self) -> Result<ProcMem> {
+        self.frozen.thaw()?;
+        Ok(self.mem)
+    }
 }
 
 fn remote_syscall(
@@ -304,4 +371,31 @@ fn find_syscall_insn(pid: pid_t, mem: &ProcMem) -> Result<u64> {
         }
     }
     Err(Error::Refused(format!("process {pid} has no syscall instruction in any mapping")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Between any two looks at it the program may have been replaced.
+    #[test]
+    fn a_program_that_executes_itself_without_end_lives() {
+        let script = "exec sh -c \"$0\" \"$0\"";
+        let mut child =
+            std::process::Command::new("sh").args(["-c", script, script]).spawn().unwrap();
+        let timeout = Duration::from_secs(5);
+        let mut mapped = 0;
+        for _ in 0..300 {
+            // What was mapped goes with the program that it was mapped into.
+            if let Ok(scratch) = SourceScratch::map(child.id() as pid_t, timeout) {
+                mapped += 1;
+                let _ = scratch.unmap(timeout);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(child.try_wait().unwrap().is_none(), "it was killed");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(mapped > 0);
+    }
 }

@@ -3,6 +3,7 @@
 //! Parsers take bytes and never panic: the text comes from the kernel, but names in it come from
 //! anyone who can name a file or a thread.
 
+pub mod claim;
 pub mod classify;
 pub mod fdinfo;
 pub mod holders;

@@ -3,9 +3,8 @@
 use crate::arch::Regs;
 use crate::error::{Error, Result};
 use crate::freeze::{inner_tids, list_threads};
-use crate::inject::one_remote_syscall;
+use crate::inject::OneStopped;
 use crate::restore::engine::TimedThread;
-use crate::sys::mem::ProcMem;
 use crate::sys::ptrace::{self, Stop};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -80,20 +79,30 @@ pub fn wait_left(pid: i32, range: &Range<u64>) -> Result<()> {
     Ok(())
 }
 
-/// Removes what restore left mapped in a process.
-pub fn unmap_range(pid: i32, range: &Range<u64>, timeout: Duration) -> Result<()> {
-    let args = [range.start, range.end - range.start, 0, 0, 0, 0];
-    remote(pid, libc::SYS_munmap, args, timeout, "unmap scratch memory")
+/// Removes `range`, which restore left mapped in a process; `inside` is a mapping in it, the first. A
+/// process that has executed another program meanwhile has none of it.
+pub fn unmap_range(
+    pid: i32,
+    range: &Range<u64>,
+    inside: &Range<u64>,
+    timeout: Duration,
+) -> Result<()> {
+    let stopped = OneStopped::stop(pid, timeout)?;
+    let first = format!("/proc/{pid}/map_files/{:x}-{:x}", inside.start, inside.end);
+    if std::fs::symlink_metadata(first).is_ok() {
+        let args = [range.start, range.end - range.start, 0, 0, 0, 0];
+        stopped
+            .syscall(libc::SYS_munmap, args, timeout)?
+            .map_err(|e| Error::sys(format!("unmap scratch memory in process {pid}"), e))?;
+    }
+    stopped.thaw().map(drop)
 }
 
 /// Locks a range whose pages have all arrived.
 pub fn lock_range(pid: i32, start: u64, len: u64, timeout: Duration) -> Result<()> {
-    remote(pid, libc::SYS_mlock, [start, len, 0, 0, 0, 0], timeout, "mlock")
-}
-
-fn remote(pid: i32, nr: i64, args: [u64; 6], timeout: Duration, what: &str) -> Result<()> {
-    let mem = ProcMem::open(pid)?;
-    one_remote_syscall(pid, nr, args, timeout, &mem)?
-        .map(drop)
-        .map_err(|e| Error::sys(format!("{what} in process {pid}"), e))
+    let stopped = OneStopped::stop(pid, timeout)?;
+    stopped
+        .syscall(libc::SYS_mlock, [start, len, 0, 0, 0, 0], timeout)?
+        .map_err(|e| Error::sys(format!("mlock in process {pid}"), e))?;
+    stopped.thaw().map(drop)
 }

@@ -82,10 +82,8 @@ fn namespace_members(pid: i32) -> Vec<i32> {
 fn leave(pid: i32, ours: &[Range<u64>]) {
     for range in ours {
         let Ok(lines) = maps::read(pid) else { return };
-        if !lines.iter().any(|l| range.contains(&l.start)) {
-            continue;
-        }
-        match unmap_range(pid, range, STOP_TIMEOUT) {
+        let Some(first) = lines.iter().find(|l| range.contains(&l.start)) else { continue };
+        match unmap_range(pid, range, &(first.start..first.end), STOP_TIMEOUT) {
             Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
             Err(e) => tracing::warn!("{e}"),
         }

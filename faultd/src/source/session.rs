@@ -25,6 +25,7 @@ use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::Blocker;
+use slipstream_core::proc::claim::Claim;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
@@ -100,7 +101,7 @@ struct AtTheBrink {
 impl Session<'_> {
     fn run(&mut self) -> Result<()> {
         let pid = self.config.pid;
-        let mut local = self.preflight()?;
+        let (mut local, _claim) = self.preflight()?;
         let process = PidFd::open(pid)?;
         let id = rundir::new_id()?;
         let dir = MigrationDir::create(&self.config.run_dir, Role::Source, &id)?;
@@ -150,10 +151,24 @@ impl Session<'_> {
         Ok((link, lanes, scratch))
     }
 
-    fn preflight(&mut self) -> Result<Local> {
+    /// The claim comes first: what is seen without it may be a process that another migration stops.
+    fn preflight(&mut self) -> Result<(Local, Claim)> {
         rundir::ensure(&self.config.run_dir)?;
-        match local::look(self.config.pid, &self.config.stdio) {
-            Ok(local) => Ok(local),
+        let pid = self.config.pid;
+        let claim = match Claim::take(pid) {
+            Ok(Some(claim)) => Ok(claim),
+            Ok(None) => {
+                return Err(self.refuse(vec![events::Blocker {
+                    object: format!("process {pid}"),
+                    reason: "is being moved by another migration".into(),
+                    remedy: "wait for its end, or interrupt it (see slipstream status)".into(),
+                }]));
+            }
+            // Preflight has a better name for it.
+            Err(e) => Err(e),
+        };
+        match local::look(pid, &self.config.stdio) {
+            Ok(local) => Ok((local, claim?)),
             Err(blockers) => {
                 // The destination's view completes the report if it can be had.
                 let mut all: Vec<events::Blocker> = blockers.iter().map(event_blocker).collect();

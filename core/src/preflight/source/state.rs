@@ -49,6 +49,12 @@ pub(super) fn look(pid: i32, options: &SourceOptions) -> Result<Status, Blocker>
             no(&format!("belongs to user {}", status.uids[0]), "run slipstream as root")
         };
     }
+    if crate::inject::is_parked(pid).is_ok_and(|parked| parked) {
+        return no(
+            "is the stopped copy of a process that was moved",
+            "see slipstream status; if its migration waits, slipstream recover goes on with it",
+        );
+    }
     Ok(status)
 }
 

@@ -1,0 +1,71 @@
+//! The program, or somebody else, does what a migration can't work with at that very moment.
+
+use std::time::Duration;
+
+use slipstream_tests::migration::code::{COMPLETED, REFUSED, ROLLED_BACK};
+use slipstream_tests::proxy::Proxy;
+use slipstream_tests::{Build, Hosts, Migration, Program, wait};
+
+/// A program that executes itself without end is moved or not, but never harmed: neither at the source, nor when the
+/// last traces are removed from it at the destination.
+#[test]
+fn executing_without_end() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let mut rounds = Vec::new();
+    for _ in 0..6 {
+        let program = Program::start(&hosts, Build::dynamic("execs"), &[]);
+        let outcome = hosts.migrate(&program, &agent).wait();
+        let known = [COMPLETED, REFUSED, ROLLED_BACK].map(Some).contains(&outcome.code);
+        assert!(known, "{outcome:#?}");
+        assert!(!outcome.errors.contains("WARN"), "{}", outcome.errors);
+        rounds.push(outcome.code);
+        program.tell();
+        wait::until("the program to end", Duration::from_secs(20), || {
+            program.output().ends_with("OK\n").then_some(())
+        });
+        program.assert_ok();
+        let status = program.wait_source_end();
+        assert!(status.success(), "ended with {status} after {rounds:?}");
+    }
+    assert!(!agent.said().contains("ETIMEDOUT"), "{}", agent.said());
+}
+
+/// Two who want the same process at the same time: one gets it, the other is told so.
+#[test]
+fn two_migrations_of_one_process() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    for _ in 0..3 {
+        let program = Program::start(&hosts, Build::dynamic("anon"), &[]);
+        let both = [hosts.migrate(&program, &agent), hosts.migrate(&program, &agent)];
+        let outcomes: Vec<_> = both.into_iter().map(Migration::wait).collect();
+        let winner = usize::from(outcomes[0].code != Some(COMPLETED));
+        let moved = outcomes[winner].assert_completed();
+        outcomes[1 - winner].assert_refused(REFUSED, &[&program.pid.to_string()]);
+        program.assert_source_dropped();
+        program.tell();
+        moved.wait_end(Duration::from_secs(60));
+        program.assert_ok();
+    }
+}
+
+/// The copy that a broken migration leaves stopped holds the only pages: nobody may move it as if it were a process.
+#[test]
+fn stopped_copies_are_not_moved() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let proxy = Proxy::start(&hosts, agent.address);
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = Migration::start(&hosts, program.pid, &proxy.destination(), |_| {});
+    migration.wait_event("committed");
+    proxy.cut();
+    let outcome = migration.wait_at_most(Duration::from_secs(60));
+    if outcome.code == Some(COMPLETED) {
+        return program.assert_source_dropped(); // Everything had arrived before the cut.
+    }
+    for _ in 0..2 {
+        let again = hosts.migrate(&program, &agent).wait();
+        again.assert_refused(REFUSED, &["stopped copy", "recover"]);
+    }
+}
