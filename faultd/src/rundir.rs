@@ -70,8 +70,13 @@ impl MigrationDir {
             .create(&path)
             .map_err(|e| Error::io(format!("create {}", path.display()), e))?;
         let dir = Self { path };
-        dir.write(SESSION, std::process::id().to_string().as_bytes())?;
-        Ok(dir)
+        match dir.write(SESSION, std::process::id().to_string().as_bytes()) {
+            Ok(()) => Ok(dir),
+            Err(e) => {
+                dir.remove();
+                Err(e)
+            }
+        }
     }
 
     /// A file in it.

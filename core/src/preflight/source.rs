@@ -9,6 +9,7 @@ mod namespaces;
 mod needs;
 mod sharing;
 mod state;
+pub use state::stopped;
 
 use super::requirements::Requirements;
 use super::{Blocker, digest};

@@ -336,7 +336,13 @@ impl Session<'_> {
             figures: None,
             detail: detail.to_owned(),
         };
-        dir.write_status(&status("drain", ""))?;
+        // The process runs: from here on a full disk must not end what brings its pages.
+        let tell = |phase: &str| {
+            if let Err(e) = dir.write_status(&status(phase, "")) {
+                tracing::warn!("{e}");
+            }
+        };
+        tell("drain");
         if let Err(e) = settle_timed(process.pid(), &timed) {
             tracing::warn!("{e}");
         }
@@ -358,7 +364,7 @@ impl Session<'_> {
         }
         let figures = drain.figures();
         drop(drain);
-        dir.write_status(&status("completed", ""))?;
+        tell("completed");
         let completed = Completed { figures, drain_us, exited };
         say_to_source(&mut self.sender, DestinationMessage::Completed(completed))?;
         // The source ends its copy; whether it says goodbye matters to nobody here.

@@ -5,6 +5,7 @@
 //! journal: only an answer of NEVER brings them back.
 
 use crate::error::{Error, Result};
+use crate::failpoints;
 use crate::rundir::MigrationDir;
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
@@ -18,33 +19,43 @@ pub const JOURNAL: &str = "commit";
 pub const REGISTERS: &str = "parked-registers";
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Journals the registers and parks every thread. Until [`declare`] this is undone by letting the freeze
-/// go.
-pub fn park(frozen: &mut Frozen, scratch: &SourceScratch, dir: &MigrationDir) -> Result<()> {
+/// Journals the registers that parking takes away. Done early, while the destination restores.
+pub fn journal_registers(frozen: &Frozen, dir: &MigrationDir) -> Result<()> {
     let mut image = Vec::new();
     for t in frozen.threads() {
         image.extend_from_slice(&i64::from(t.tid).to_le_bytes());
         image.extend_from_slice(&t.sigmask.to_le_bytes());
         image.extend_from_slice(&t.regs.to_bytes());
     }
-    dir.write(REGISTERS, &image)?;
-    frozen.park(scratch.pause_loop())?;
-    Ok(())
+    dir.write(REGISTERS, &image)
 }
 
-/// Journals that the commit may be on its way, and stops the process. From here on the source copy runs
-/// only after NEVER: whatever happens to this session, every thread is parked.
-pub fn declare(frozen: &mut Frozen, process: &PidFd, dir: &MigrationDir) -> Result<()> {
+/// Journals that the commit may be on its way, parks every thread, and stops the process. From here on
+/// the source copy runs only after NEVER, whatever happens to this session.
+///
+/// Not before the destination is ready: a session that is killed leaves a frozen process that runs on,
+/// but a parked one that pauses. An error lets the caller's freeze undo all of it.
+pub fn declare(
+    frozen: &mut Frozen,
+    scratch: &SourceScratch,
+    process: &PidFd,
+    dir: &MigrationDir,
+) -> Result<()> {
     dir.write(JOURNAL, b"committing\n")?;
-    frozen.forget();
+    frozen.park(scratch.pause_loop())?;
+    failpoints::pass("source-parked")?;
     process.kill(libc::SIGSTOP)?;
+    frozen.forget();
     Ok(())
 }
 
 /// Ends the tracing of the stopped copy, once the destination has said that its copy runs.
-pub fn settle(frozen: Frozen, dir: &MigrationDir) -> Result<()> {
+pub fn settle(frozen: Frozen, dir: &MigrationDir) {
     frozen.abandon();
-    dir.write(JOURNAL, b"committed\n")
+    // "committing" stands there already; a full disk must not end what has gone well.
+    if let Err(e) = dir.write(JOURNAL, b"committed\n") {
+        tracing::warn!("{e}");
+    }
 }
 
 /// Ends the frozen copy as a program that exits, not as one that is killed: its parent sees an exit,

@@ -12,9 +12,9 @@ use slipstream_core::capture::state::outside::Host;
 use slipstream_core::capture::state::sleep::Sleeps;
 use slipstream_core::freeze::list_threads;
 use slipstream_core::preflight::Blocker;
-use slipstream_core::preflight::source::{SourceOptions, SourceReport, check_process};
+use slipstream_core::preflight::source::{SourceOptions, SourceReport, check_process, stopped};
 use slipstream_core::proc::holders::{Holders, objects_of};
-use slipstream_core::proc::{maps, smaps};
+use slipstream_core::proc::{maps, smaps, status};
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_transport::{Receiver, Sender};
 use std::ops::Range;
@@ -65,6 +65,12 @@ fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
 
 /// Reads again, just before the freeze, what changes while preparations go on.
 pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
+    if let Some(b) = stopped(pid, &status::read(pid)?) {
+        return Err(Error::Refused {
+            reason: format!("{}: {}", b.object, b.reason),
+            remedy: b.remedy,
+        });
+    }
     local.prior.smaps = smaps::read(pid)?;
     local.prior.uses_guards = uses_guards(pid)?;
     local.prior.sleeps.look(pid, &list_threads(pid)?);

@@ -283,8 +283,7 @@ impl Session<'_> {
     ) -> Result<AtTheBrink> {
         self.enter("freeze");
         let frozen_at = Instant::now();
-        let mut frozen =
-            freeze_outside(self.config.pid, local.avoid.as_ref(), self.config.timeout)?;
+        let frozen = freeze_outside(self.config.pid, local.avoid.as_ref(), self.config.timeout)?;
         let mut parts = BlackoutParts { freeze_us: us(frozen_at), ..BlackoutParts::default() };
         failpoints::pass("source-frozen")?;
         let captured_at = Instant::now();
@@ -298,8 +297,7 @@ impl Session<'_> {
         self.phase = "restore";
         // While the destination restores: what commit and the page server need.
         let memory = FrozenMemory::open(self.config.pid, &manifest)?;
-        commit::park(&mut frozen, scratch, dir)?;
-        failpoints::pass("source-parked")?;
+        commit::journal_registers(&frozen, dir)?;
         let ready = match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
             DestinationMessage::Ready(ready) => ready,
             _ => return unexpected("ready"),
@@ -320,11 +318,10 @@ impl Session<'_> {
         dir: &MigrationDir,
         id: &str,
     ) -> Result<FrozenMemory> {
-        let _ = scratch;
         let began = Instant::now();
         // From here on an interrupt ends nothing.
         self.interrupts.commit()?;
-        commit::declare(&mut brink.frozen, process, dir)?;
+        commit::declare(&mut brink.frozen, scratch, process, dir)?;
         self.committed = true;
         self.phase = "commit";
         say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))?;
@@ -334,7 +331,7 @@ impl Session<'_> {
         };
         brink.parts.commit_us = us(began);
         let blackout_us = us(brink.frozen_at);
-        commit::settle(brink.frozen, dir)?;
+        commit::settle(brink.frozen, dir);
         (self.sink)(brink.report);
         (self.sink)(Event::Committed(events::Committed { id: id.to_owned() }));
         (self.sink)(Event::Resumed(events::Resumed {

@@ -104,6 +104,12 @@ fn thread(tid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
     }
 }
 
+/// A process in group stop: its copy would run.
+pub fn stopped(pid: i32, status: &Status) -> Option<Blocker> {
+    let reason = "is stopped by SIGSTOP or job control, which does not come along yet";
+    (status.state == 'T').then(|| blocker(pid, reason, "let it go on first (kill -CONT)"))
+}
+
 /// The rest of the process's own state.
 pub(super) fn check(pid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
     if status.ns_pids.last() == Some(&1) {
@@ -113,6 +119,7 @@ pub(super) fn check(pid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
             "start the container with an init (docker run --init), and move its child",
         ));
     }
+    blockers.extend(stopped(pid, status));
     if !is_64_bit(pid) {
         blockers.push(blocker(pid, "is a 32-bit program", "only 64-bit programs can be moved"));
     }
