@@ -7,7 +7,7 @@ int main(int argc, char **argv) {
     arguments = argv;
     arguments_len = argc;
     flag_path = arguments[1];
-    if (arguments_len == 2)
+    if (strcmp(arguments[arguments_len - 1], "--again") != 0)
         say("ready");
     for (int turns = 0; turns < 20; turns++) {
         if (told()) {
