@@ -107,17 +107,17 @@ pub fn give_way() {
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attr, 0) };
 }
 
-/// Has the scheduler run the calling thread before ordinary ones whenever it has something to do: for
-/// threads that others wait for and that never compute for long. Real-time if that is allowed, else
-/// as nice as is.
+/// Has the scheduler run the calling thread soon whenever it has something to do: for threads that
+/// others wait for and that never compute for long. As nice as is, with a short slice; not real-time,
+/// which stays on the CPU it last ran on and takes it from the work it serves (measured: first touches
+/// half as long again, drains under faults up to twice as long). Without the privilege nothing changes.
 pub fn prefer_this_thread() {
-    let parameter = libc::sched_param { sched_priority: 1 };
-    // SAFETY: `parameter` outlives the call; 0 is the calling thread.
-    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const parameter) };
-    if done != 0 {
-        // SAFETY: integers only; 0 is the calling thread on Linux.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
-    }
+    const SLICE_NS: u64 = 100_000;
+    let Ok(mut attr) = sched_attr(0) else { return };
+    attr.nice = -20;
+    attr.runtime = SLICE_NS;
+    // SAFETY: `attr` is a whole structure that says its size and outlives the call; 0 is this thread.
+    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attr, 0) };
 }
 
 #[cfg(test)]
