@@ -59,7 +59,7 @@ impl Sleepers {
                 pids.extend(
                     children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()).take(room),
                 );
-                if let Some(sleeper) = look(&task, self.seen.remove(&task), settle) {
+                if let Some(sleeper) = look(&task, self.seen.get(&task), settle) {
                     now.insert(task, sleeper);
                 }
             }
@@ -70,14 +70,14 @@ impl Sleepers {
 }
 
 /// What a thread sleeps in; `None` for one that is gone or runs.
-fn look(task: &Path, before: Option<Sleeper>, settle: bool) -> Option<Sleeper> {
+fn look(task: &Path, before: Option<&Sleeper>, settle: bool) -> Option<Sleeper> {
     let began = Instant::now();
     let mut on_processor_seen = 0;
     loop {
         // Read first: if it runs in between, the next look sees that it did.
         let runs = runs(task);
         if runs > 0
-            && let Some(before) = &before
+            && let Some(before) = before
             && before.runs == runs
         {
             return Some(Sleeper { runs, removing: before.removing.clone() });
