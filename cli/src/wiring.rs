@@ -9,7 +9,7 @@ use slipstream_core::preflight::host::check_host;
 use slipstream_core::restore::newborn::{InitConfig, init_main};
 use slipstream_faultd::agent::{self, AgentConfig, SessionArgs};
 use slipstream_faultd::dest::session as destination_session;
-use slipstream_faultd::events::{Failed, HostFact, Outcome, Role, Status};
+use slipstream_faultd::events::{Event, Failed, HostFact, Outcome, Role, Status};
 use slipstream_faultd::source::arguments;
 use slipstream_faultd::source::events_out::EventsOut;
 use slipstream_faultd::source::interrupt::Interrupts;
@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// This program, also when its file has been replaced since.
 const SELF: &str = "/proc/self/exe";
+/// First argument of a session that takes over.
+const RECOVER: &str = "recover";
 /// For a source session to roll back after it was told to.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -36,21 +38,9 @@ pub struct Wired;
 impl Engine for Wired {
     fn migrate(&self, request: &MigrateRequest) -> Result<Migration> {
         let config = source_config(request)?;
-        let mut child = Command::new(SELF)
-            .arg("__source-session")
-            .args(arguments::to_args(&config))
-            .stdin(ProcessStdio::null())
-            .stdout(ProcessStdio::piped())
-            .spawn()
-            .map_err(|e| internal("start", format!("cannot start the source session: {e}")))?;
-        let Some(events) = child.stdout.take() else {
-            return Err(internal("start", "the source session has no output".into()));
-        };
-        Ok(Migration {
-            committed: None,
-            events: Box::new(BufReader::new(events)),
-            control: Box::new(SourceControl { child }),
-        })
+        let mut command = Command::new(SELF);
+        command.arg("__source-session").args(arguments::to_args(&config));
+        start_session(&mut command, None)
     }
 
     fn agent(&self, args: &AgentArgs, listening: &mut dyn FnMut(SocketAddr)) -> Result<()> {
@@ -93,16 +83,13 @@ impl Engine for Wired {
 
     fn recover(&self, run_dir: &Path, id: &str) -> Result<Migration> {
         let found = self.status(run_dir, Some(id)).map_err(|_| unknown("recover", id))?;
-        let phase = found.first().map_or("", |s| s.phase.as_str());
-        Err(Failed {
-            phase: "recover".into(),
-            reason: format!(
-                "migration {id} is in phase {phase}, and this version can't take up a drain whose \
-                 sessions ended"
-            ),
-            remedy: "leave both copies as they are: neither loses anything while it waits".into(),
-            outcome: if phase == "waiting" { Outcome::Waiting } else { Outcome::Refused },
-        })
+        let subcommand = match found.first().map(|s| s.role) {
+            Some(Role::Source) => "__source-session",
+            _ => "__destination-session",
+        };
+        let mut command = Command::new(SELF);
+        command.arg(subcommand).arg(RECOVER).arg(absolute(run_dir)?).arg(id);
+        start_session(&mut command, Some(id.to_owned()))
     }
 
     fn abort(&self, run_dir: &Path, id: &str) -> Result<String> {
@@ -142,6 +129,9 @@ impl Engine for Wired {
         let _ = nix::sys::prctl::set_name(name);
         match session {
             Session::Source => run_source(args),
+            Session::Destination if args.first().is_some_and(|a| a == RECOVER) => {
+                run_recovery(args, recover_at_destination)
+            }
             Session::Destination => {
                 let args = SessionArgs::from_args(args).ok_or_else(malformed)?;
                 Ok(match destination_session::run(&args) {
@@ -169,6 +159,9 @@ impl Engine for Wired {
 /// The source session: a process and session of its own, so that a closed terminal ends only the
 /// display.
 fn run_source(args: &[OsString]) -> Result<u8> {
+    if args.first().is_some_and(|a| a == RECOVER) {
+        return run_recovery(args, source::afterwards::recover);
+    }
     let config = arguments::from_args(args).ok_or_else(malformed)?;
     let _ = nix::unistd::setsid();
     let interrupts = Interrupts::install().map_err(|e| refused("start", &e))?;
@@ -176,6 +169,51 @@ fn run_source(args: &[OsString]) -> Result<u8> {
     source_session::run(&config, interrupts, &mut |event| out.send(&event));
     out.finish();
     Ok(0)
+}
+
+/// Starts a session that says on its output what happens.
+fn start_session(command: &mut Command, committed: Option<String>) -> Result<Migration> {
+    let mut child = command
+        .stdin(ProcessStdio::null())
+        .stdout(ProcessStdio::piped())
+        .spawn()
+        .map_err(|e| internal("start", format!("cannot start the session: {e}")))?;
+    let Some(events) = child.stdout.take() else {
+        return Err(internal("start", "the session has no output".into()));
+    };
+    Ok(Migration {
+        committed,
+        events: Box::new(BufReader::new(events)),
+        control: Box::new(SourceControl { child }),
+    })
+}
+
+/// A session that goes on with a migration that has committed: from then on nothing interrupts it.
+fn run_recovery(
+    args: &[OsString],
+    recover: fn(&Path, &str, &mut dyn FnMut(Event)) -> slipstream_faultd::Result<()>,
+) -> Result<u8> {
+    let [_, run_dir, id] = args else { return Err(malformed()) };
+    let id = id.to_str().filter(|id| rundir::is_id(id)).ok_or_else(malformed)?;
+    let _ = nix::unistd::setsid();
+    let interrupts = Interrupts::install().map_err(|e| refused("start", &e))?;
+    interrupts.commit().map_err(|e| refused("start", &e))?;
+    let out = EventsOut::start(io::stdout());
+    match recover(Path::new(run_dir), id, &mut |event| out.send(&event)) {
+        // It has been told already.
+        Ok(()) | Err(slipstream_faultd::Error::Lost) => {}
+        Err(e) => out.send(&Event::Failed(Failed { outcome: Outcome::Waiting, ..refused("recover", &e) })),
+    }
+    out.finish();
+    Ok(0)
+}
+
+fn recover_at_destination(
+    run_dir: &Path,
+    id: &str,
+    sink: &mut dyn FnMut(Event),
+) -> slipstream_faultd::Result<()> {
+    slipstream_faultd::dest::recover::recover(run_dir, id, PathBuf::from(SELF), sink)
 }
 
 /// Tells the session by SIGINT, as Ctrl-C would.

@@ -158,6 +158,18 @@ impl Frozen {
         Ok(())
     }
 
+    /// Gives parked threads, those in `parked`, the registers they had. [`Frozen::thaw`] lets them go
+    /// with those. `known` has for each thread its number, mask and registers.
+    pub fn bring_back(&mut self, parked: &Range<u64>, known: &[(pid_t, u64, Regs)]) -> Result<()> {
+        for t in self.threads.iter_mut().filter(|t| parked.contains(&t.regs.rip)) {
+            let saved = known.iter().find(|(tid, ..)| *tid == t.tid).ok_or_else(|| {
+                Error::Refused(format!("the registers of thread {} are not known", t.tid))
+            })?;
+            (t.sigmask, t.regs) = (saved.1, saved.2);
+        }
+        Ok(())
+    }
+
     /// Makes dropping do nothing: the threads' registers are no longer those to go back to.
     pub fn forget(&mut self) {
         self.held = false;

@@ -71,6 +71,17 @@ impl SourceScratch {
         Ok(Self { pid, base, len, mem })
     }
 
+    /// The scratch memory that an earlier session mapped in a process, which has to be there still.
+    pub fn find(pid: pid_t, range: std::ops::Range<u64>) -> Result<Self> {
+        let mem = ProcMem::open(pid)?;
+        if range.end < range.start + CODE_LEN + LEADER_SLOT_LEN || !holds_runner(&mem, range.start) {
+            return Err(Error::Refused(format!(
+                "process {pid} is not the copy that a migration left here"
+            )));
+        }
+        Ok(Self { pid, base: range.start, len: range.end - range.start, mem })
+    }
+
     /// Removes it again from a process that goes on at the source. A process that has executed another
     /// program since has none, and perhaps something of its own in that place.
     pub fn unmap(self, timeout: Duration) -> Result<()> {

@@ -5,6 +5,7 @@
 //! handshake itself; a connection with a session's route is handed to that session. So whatever a
 //! peer sends, the agent and the other sessions live.
 
+use crate::dest::take_over;
 use crate::error::{Error, Result};
 use crate::rundir;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -62,9 +63,12 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
         remedy: "name an address of this host and a free port with --listen ADDR:PORT".into(),
     })?;
     let address = listener.local_addr().map_err(|e| Error::io("read the address", e))?;
+    // Held as long as this agent lives; what is in it, `recover` needs when no agent does.
+    let _alive = rundir::note_agent(&config.run_dir, &address.to_string(), &config.key)?;
     listening(address);
     let sessions = Sessions::default();
-    start_reaper(Arc::clone(&sessions));
+    take_over::clean_up(&config.run_dir);
+    start_reaper(Arc::clone(&sessions), config.run_dir.clone());
     let undecided = Arc::new(Undecided::default());
     loop {
         let stream = match listener.accept() {
@@ -132,14 +136,21 @@ fn welcome(
     undecided.decided(ticket);
     let route = route?;
     if route.is_new() {
-        return start_session(stream, sessions, config, key);
+        return start_session(stream, sessions, config, key, Route::random()?, None);
     }
-    let sessions = lock(sessions);
-    let Some(session) = sessions.get(route.bytes()) else {
-        return Err(Error::Protocol("a lane for no session".into()));
-    };
-    send_descriptors(&session.lanes, b"l", &[stream.as_fd()])
-        .map_err(|e| Error::io("hand a lane to its session", e.into()))
+    if let Some(session) = lock(sessions).get(route.bytes()) {
+        return send_descriptors(&session.lanes, b"l", &[stream.as_fd()])
+            .map_err(|e| Error::io("hand a lane to its session", e.into()));
+    }
+    // A migration whose session has ended: its source has come back for it.
+    match rundir::by_route(&config.run_dir, &text_of(&route)) {
+        Some(id) => start_session(stream, sessions, config, key, route, Some(id)),
+        None => Err(Error::Protocol("a lane for no session".into())),
+    }
+}
+
+fn text_of(route: &Route) -> String {
+    route.bytes().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn start_session(
@@ -147,18 +158,22 @@ fn start_session(
     sessions: &Sessions,
     config: &AgentConfig,
     key: &Key,
+    route: Route,
+    id: Option<String>,
 ) -> Result<()> {
     let (ours, theirs) = UnixStream::pair().map_err(|e| Error::io("socketpair", e))?;
     ours.set_nonblocking(true).map_err(|e| Error::io("set a socket non-blocking", e))?;
-    let route = Route::random()?;
     let mut sessions = lock(sessions);
+    if sessions.contains_key(route.bytes()) {
+        return Err(Error::Protocol("its session has just been started".into()));
+    }
     if sessions.len() >= SESSIONS_MAX {
         return Err(Error::Refused {
             reason: format!("{SESSIONS_MAX} migrations are under way"),
             remedy: "try again later".into(),
         });
     }
-    let args = SessionArgs { route, run_dir: config.run_dir.clone() };
+    let args = SessionArgs { route, run_dir: config.run_dir.clone(), id };
     // The key waits in the socket; the file may be exchanged meanwhile.
     key.hand_over(&ours).map_err(|e| Error::io("hand the key to a session", e))?;
     let mut command = Command::new(&config.exe);
@@ -178,33 +193,52 @@ pub struct SessionArgs {
     pub route: Route,
     /// Run directory.
     pub run_dir: PathBuf,
+    /// The migration to take over, if it is one that has begun.
+    pub id: Option<String>,
 }
 
 impl SessionArgs {
     fn to_args(&self) -> Vec<OsString> {
-        let hex: String = self.route.bytes().iter().map(|b| format!("{b:02x}")).collect();
-        vec![hex.into(), self.run_dir.clone().into()]
+        let mut args = vec![self.route_text().into(), self.run_dir.clone().into()];
+        args.extend(self.id.iter().map(OsString::from));
+        args
+    }
+
+    /// The route in hexadecimal.
+    pub fn route_text(&self) -> String {
+        text_of(&self.route)
     }
 
     /// From the arguments; `None` when they are malformed.
     pub fn from_args(args: &[OsString]) -> Option<Self> {
-        let [route, run_dir] = args else { return None };
+        let (route, run_dir, id) = match args {
+            [route, run_dir] => (route, run_dir, None),
+            [route, run_dir, id] => {
+                let id = id.to_str().filter(|id| rundir::is_id(id))?;
+                (route, run_dir, Some(id.to_owned()))
+            }
+            _ => return None,
+        };
         let hex = route.to_str().filter(|h| h.len() == 32 && h.is_ascii())?;
         let mut bytes = [0u8; 16];
         for (i, byte) in bytes.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).ok()?;
         }
-        Some(Self { route: Route::from_bytes(bytes), run_dir: Path::new(run_dir).into() })
+        Some(Self { route: Route::from_bytes(bytes), run_dir: Path::new(run_dir).into(), id })
     }
 }
 
 /// Reaps sessions and inits of moved processes, and forgets the routes of sessions that ended.
-fn start_reaper(sessions: Sessions) {
+fn start_reaper(sessions: Sessions, run_dir: PathBuf) {
     std::thread::spawn(move || {
         loop {
             match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) => {
+                Ok(WaitStatus::Exited(pid, _)) => {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
+                }
+                Ok(WaitStatus::Signaled(pid, ..)) => {
+                    lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
+                    take_over::clean_up(&run_dir);
                 }
                 _ => std::thread::sleep(REAP_INTERVAL),
             }

@@ -41,6 +41,9 @@ pub enum Error {
     /// The user, or a signal, asked for the migration to end.
     #[error("interrupted")]
     Interrupted,
+    /// The source memory or the destination copy was destroyed before the last page.
+    #[error("the process is lost: its memory was destroyed before the last page had left")]
+    Lost,
     /// A fault point was reached.
     #[error("failing at {0} as asked")]
     FailPoint(&'static str),

@@ -17,6 +17,12 @@
 //!                  <-                       Progress ×n, Completed
 //! drop the copy
 //! ```
+//! A connection that breaks after `Commit` was sent is replaced:
+//! ```text
+//! Rejoin           ->                       what the gate says; if it says nothing yet, NEVER from now on
+//!                  <-                       Outcome
+//! (lanes connect with the same route, and the drain goes on with the present map)
+//! ```
 //! Before `Commit` either side may send `Abort`, or just go away: nothing has happened then.
 
 use prost::{Message, Oneof};
@@ -32,7 +38,7 @@ pub const RUNS_PER_MAP: usize = 4096;
 #[derive(Clone, PartialEq, Message)]
 pub struct FromSource {
     /// The message.
-    #[prost(oneof = "SourceMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "SourceMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub message: Option<SourceMessage>,
 }
 
@@ -60,16 +66,20 @@ pub enum SourceMessage {
     /// The source gives up before commit.
     #[prost(message, tag = "7")]
     Abort(Reason),
-    /// The source copy is gone; the end.
+    /// The source copy is gone, or runs on; the end.
     #[prost(message, tag = "8")]
     Bye(Empty),
+    /// The first message on a new control connection, after the old one broke or its session died. The
+    /// source copy is stopped, and waits to hear whether it was left for good.
+    #[prost(message, tag = "9")]
+    Rejoin(Rejoin),
 }
 
 /// From the destination.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromDestination {
     /// The message.
-    #[prost(oneof = "DestinationMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "DestinationMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub message: Option<DestinationMessage>,
 }
 
@@ -100,6 +110,34 @@ pub enum DestinationMessage {
     /// The destination gives up; before `Resumed` it means NEVER.
     #[prost(message, tag = "8")]
     Failed(Reason),
+    /// Answers `Rejoin`: what was decided.
+    #[prost(message, tag = "9")]
+    Outcome(Outcome),
+}
+
+/// The source has come back.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Rejoin {
+    /// The migration's name.
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// Bulk lanes it will open.
+    #[prost(uint32, tag = "2")]
+    pub bulk_lanes: u32,
+}
+
+/// What was decided about a migration.
+#[derive(Clone, PartialEq, Message)]
+pub struct Outcome {
+    /// The process runs here, or has run here. If not, it never will.
+    #[prost(bool, tag = "1")]
+    pub run: bool,
+    /// The process's number as the destination host sees it.
+    #[prost(int32, tag = "2")]
+    pub host_pid: i32,
+    /// Nothing is missing any more: no lanes are wanted.
+    #[prost(message, optional, tag = "3")]
+    pub completed: Option<Completed>,
 }
 
 /// Nothing to say.

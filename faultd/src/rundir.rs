@@ -10,6 +10,7 @@ use std::fs::{self, DirBuilder};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 fn prefix(side: Role) -> &'static str {
     match side {
@@ -22,6 +23,8 @@ fn prefix(side: Role) -> &'static str {
 #[derive(Debug)]
 pub struct MigrationDir {
     path: PathBuf,
+    /// Locked for as long as a session works here.
+    _lock: fs::File,
 }
 
 /// A migration's name: twelve hexadecimal digits.
@@ -69,13 +72,40 @@ impl MigrationDir {
             .mode(0o700)
             .create(&path)
             .map_err(|e| Error::io(format!("create {}", path.display()), e))?;
-        let dir = Self { path };
+        let lock = take_lock(&path.join(LOCK), Duration::ZERO);
+        let lock = lock.inspect_err(|_| drop(fs::remove_dir_all(&path)))?;
+        let dir = Self { path, _lock: lock };
         match dir.write(SESSION, std::process::id().to_string().as_bytes()) {
             Ok(()) => Ok(dir),
             Err(e) => {
                 dir.remove();
                 Err(e)
             }
+        }
+    }
+
+    /// Opens the folder of a migration whose session has ended; waits for that for at most `patience`.
+    pub fn open(run_dir: &Path, side: Role, id: &str, patience: Duration) -> Result<Self> {
+        ensure(run_dir)?;
+        let path = run_dir.join(format!("{}{id}", prefix(side)));
+        if !is_id(id) || !path.is_dir() {
+            return Err(Error::Refused {
+                reason: format!("no migration {id} on this host"),
+                remedy: "`slipstream status` lists them".into(),
+            });
+        }
+        let lock = take_lock(&path.join(LOCK), patience)?;
+        let dir = Self { path, _lock: lock };
+        dir.write(SESSION, std::process::id().to_string().as_bytes())?;
+        Ok(dir)
+    }
+
+    /// Reads a file of it; `None` when there is none.
+    pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        match fs::read(self.path.join(name)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(format!("read {}", self.path.join(name).display()), e)),
         }
     }
 
@@ -106,6 +136,11 @@ impl MigrationDir {
         self.write("status.json", &json)
     }
 
+    /// Time since the folder was made.
+    pub fn age(&self) -> Option<Duration> {
+        fs::metadata(self.path.join(LOCK)).ok()?.modified().ok()?.elapsed().ok()
+    }
+
     /// Removes the folder: the migration left nothing to tell.
     pub fn remove(self) {
         if let Err(e) = fs::remove_dir_all(&self.path) {
@@ -116,6 +151,134 @@ impl MigrationDir {
 
 /// File with the number of the session that works in a folder.
 const SESSION: &str = "session";
+/// File that the session in a folder holds a lock on: it goes with its last process.
+const LOCK: &str = "lock";
+/// File with the route by which the source finds its migration again.
+pub const ROUTE: &str = "route";
+/// File that names init of the moved process: its number, start time and the host's boot.
+pub const INIT: &str = "init";
+/// File with the figures of a drain that is over.
+pub const COMPLETED: &str = "completed";
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
+
+fn take_lock(path: &Path, patience: Duration) -> Result<fs::File> {
+    let io = |e| Error::io(format!("lock {}", path.display()), e);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(io)?;
+    let deadline = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(Error::Refused {
+                    reason: "a session is at work on this migration".into(),
+                    remedy: "`slipstream status` shows how far it is".into(),
+                });
+            }
+            Err(fs::TryLockError::Error(e)) => return Err(io(e)),
+        }
+    }
+}
+
+/// File that a living agent holds a lock on; it says where it listens, and which key it has.
+const AGENT: &str = "agent";
+
+/// Notes that an agent serves here. Several may; the last is the one that `recover` would replace.
+pub fn note_agent(run_dir: &Path, address: &str, key: &Path) -> Result<fs::File> {
+    let path = run_dir.join(AGENT);
+    let io = |e| Error::io(format!("write {}", path.display()), e);
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(io)?;
+    file.write_all(format!("{address}\n{}\n", key.display()).as_bytes()).map_err(io)?;
+    file.try_lock_shared().map_err(|e| Error::io("lock the agent's file", e.into()))?;
+    Ok(file)
+}
+
+/// Where the last agent listened and which key it had; `None` while an agent serves here.
+pub fn dead_agent(run_dir: &Path) -> Result<Option<(String, PathBuf)>> {
+    let path = run_dir.join(AGENT);
+    let refused = || Error::Refused {
+        reason: "no agent has served here".into(),
+        remedy: "start `slipstream agent` with this run directory".into(),
+    };
+    let file = fs::File::open(&path).map_err(|_| refused())?;
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => return Ok(None),
+        Err(fs::TryLockError::Error(e)) => return Err(Error::io("lock the agent's file", e)),
+        Ok(()) => {}
+    }
+    let text = fs::read_to_string(&path).map_err(|_| refused())?;
+    let (address, key) = text.trim_end().split_once('\n').ok_or_else(refused)?;
+    Ok(Some((address.to_owned(), key.into())))
+}
+
+/// The figures of a drain that is over.
+pub fn completed(run_dir: &Path, id: &str) -> Option<Vec<u8>> {
+    fs::read(run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(COMPLETED)).ok()
+}
+
+/// The migrations that came here.
+pub fn destinations(run_dir: &Path) -> Vec<String> {
+    let Ok(dir) = fs::read_dir(run_dir) else { return Vec::new() };
+    let id = |name: &str| name.strip_prefix(prefix(Role::Destination)).map(str::to_owned);
+    dir.flatten().filter_map(|e| id(e.file_name().to_str()?)).filter(|id| is_id(id)).collect()
+}
+
+/// The migration that came here by a route.
+pub fn by_route(run_dir: &Path, route: &str) -> Option<String> {
+    destinations(run_dir).into_iter().find(|id| {
+        let path = run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(ROUTE);
+        fs::read_to_string(path).is_ok_and(|known| known == route)
+    })
+}
+
+/// Kills a destination session: whoever has come to take its drain up does so by the same way as after
+/// any other death.
+pub fn end_destination_session(run_dir: &Path, id: &str) {
+    let path = run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(SESSION);
+    if let Some(pid) = session_pid(&path, b"__destination-session")
+        && pid != nix::unistd::getpid()
+    {
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// The session whose number a file has. The number may have been used again.
+fn session_pid(path: &Path, subcommand: &[u8]) -> Option<nix::unistd::Pid> {
+    let pid: i32 = fs::read_to_string(path).ok()?.trim().parse().ok()?;
+    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let ours = command.split(|b| *b == 0).any(|arg| arg == subcommand);
+    (pid > 0 && ours).then(|| nix::unistd::Pid::from_raw(pid))
+}
+
+/// A process's name that no other process of any boot has: number, start time, boot.
+pub fn full_name(pid: i32) -> Result<String> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
+    // The command's name may hold anything; after it come fields, of which the 20th is the start.
+    let start = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19));
+    let start = start.ok_or_else(|| Error::Internal(format!("{path} is malformed")))?;
+    Ok(format!("{pid} {start} {}", crate::clocks::boot_id()?))
+}
+
+/// The number in a [`full_name`], if that process is still there.
+pub fn named_process(name: &str) -> Option<i32> {
+    let pid = name.split(' ').next()?.parse().ok()?;
+    (full_name(pid).ok()? == name).then_some(pid)
+}
 
 /// Sends SIGINT to the source session of a migration.
 pub fn interrupt_session(run_dir: &Path, id: &str) -> Result<()> {
@@ -124,14 +287,7 @@ pub fn interrupt_session(run_dir: &Path, id: &str) -> Result<()> {
         reason: format!("the session of migration {id} is gone"),
         remedy: String::new(),
     };
-    let text = fs::read_to_string(&path).map_err(|_| gone())?;
-    let pid: i32 = text.trim().parse().map_err(|_| gone())?;
-    // The number may have been used again.
-    let command = fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| gone())?;
-    if !command.split(|b| *b == 0).any(|arg| arg == b"__source-session") {
-        return Err(gone());
-    }
-    let pid = nix::unistd::Pid::from_raw(pid);
+    let pid = session_pid(&path, b"__source-session").ok_or_else(gone)?;
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)
         .map_err(|e| Error::io("interrupt the session", e.into()))
 }

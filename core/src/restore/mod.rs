@@ -3,6 +3,7 @@
 pub mod check;
 pub mod engine;
 pub mod files;
+pub mod keeper;
 pub mod memory;
 pub mod newborn;
 pub mod scratch;

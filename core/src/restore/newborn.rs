@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::program::{Arg, Op, Program};
+use crate::restore::keeper::{Held, Keeper};
 use crate::restore::scratch::{Gate, MEMFD_OFFSET, Scratch, VDSO_LEN};
 use crate::sys::clone;
 use crate::sys::pidfd::PidFd;
@@ -16,8 +17,10 @@ use libc::pid_t;
 use nix::errno::Errno;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
-use nix::sys::signal::{SigSet, SigmaskHow};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -25,6 +28,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 const FD_SCRATCH: RawFd = FIRST_HANDED;
@@ -87,8 +91,8 @@ impl InitConfig {
 /// The empty new process.
 #[derive(Debug)]
 pub struct Newborn {
-    /// Init of its namespace.
-    pub init: PidFd,
+    /// Init of its namespace, which keeps what has to outlive a session.
+    pub keeper: Arc<Keeper>,
     /// The process itself, by the number this host sees.
     pub process: PidFd,
 }
@@ -96,7 +100,7 @@ pub struct Newborn {
 impl Newborn {
     /// Ends the whole namespace. For a restore that failed.
     pub fn kill(&self) {
-        let _ = self.init.kill(libc::SIGKILL);
+        let _ = self.keeper.init().kill(libc::SIGKILL);
         let _ = self.process.kill(libc::SIGKILL);
     }
 }
@@ -154,14 +158,16 @@ pub fn launch(
     result
 }
 
-/// Reads the answer of init: `k` with two process descriptors, or `e` and a message.
+/// Reads the answer of init: `k` with two process descriptors and the keeper's socket, or `e` and a
+/// message.
 fn receive_newborn(socket: &UnixStream) -> Result<Newborn> {
     let mut text = [0u8; 512];
     let (len, fds) = recv_descriptors(socket, &mut text)
         .map_err(|e| Error::sys("hear from the new process's init", e))?;
-    match (text[..len].split_first(), <[OwnedFd; 2]>::try_from(fds)) {
-        (Some((b'k', _)), Ok([init, process])) => {
-            Ok(Newborn { init: PidFd::adopt(init)?, process: PidFd::adopt(process)? })
+    match (text[..len].split_first(), <[OwnedFd; 3]>::try_from(fds)) {
+        (Some((b'k', _)), Ok([init, process, port])) => {
+            let keeper = Arc::new(Keeper::new(PidFd::adopt(init)?, port));
+            Ok(Newborn { keeper, process: PidFd::adopt(process)? })
         }
         (Some((b'e', message)), _) => {
             Err(Error::Refused(String::from_utf8_lossy(message).into_owned()))
@@ -179,7 +185,7 @@ pub fn init_main(config: &InitConfig) -> i32 {
         Ok(()) => match unsafe { nix::unistd::fork() } {
             Ok(ForkResult::Parent { .. }) => 0,
             Ok(ForkResult::Child) => match become_init(config, &socket) {
-                Ok(main) => reap(main, &config.exit_file),
+                Ok((main, held)) => reap(main, &config.exit_file, &held),
                 Err(e) => {
                     let _ = socket.write_all(format!("e{e}").as_bytes());
                     1
@@ -214,8 +220,8 @@ fn enter_namespaces(config: &InitConfig) -> Result<()> {
         .map_err(|e| Error::io("set the clock offsets of the time namespace", e))
 }
 
-/// Sets up the namespace and starts the process; returns its number inside.
-fn become_init(config: &InitConfig, socket: &UnixStream) -> Result<pid_t> {
+/// Sets up the namespace and starts the process; returns its number inside, and what is kept.
+fn become_init(config: &InitConfig, socket: &UnixStream) -> Result<(pid_t, Held)> {
     let _ = nix::unistd::setsid();
     let none: Option<&str> = None;
     nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -231,7 +237,8 @@ fn become_init(config: &InitConfig, socket: &UnixStream) -> Result<pid_t> {
         become_newborn(config);
     };
     let own = PidFd::open(1)?;
-    send_descriptors(socket, b"k", &[own.as_fd(), process.as_fd()])
+    let (held, port) = Held::start(process.as_fd())?;
+    send_descriptors(socket, b"k", &[own.as_fd(), process.as_fd(), port.as_fd()])
         .map_err(|e| Error::sys("report to the session", e))?;
     // Nothing that belongs to the session stays open here.
     for fd in [FD_SCRATCH, FD_GATE, FD_SOCKET] {
@@ -239,7 +246,7 @@ fn become_init(config: &InitConfig, socket: &UnixStream) -> Result<pid_t> {
         // `socket`, whose owner never closes it again because init ends by `exit`.
         unsafe { libc::close(fd) };
     }
-    Ok(config.pid)
+    Ok((config.pid, held))
 }
 
 /// The PID namespace may have a limit of its own (Linux 6.14) that inherits the host's default.
@@ -310,11 +317,16 @@ fn move_vdso(parts: &[(u64, u64)], to: u64) -> bool {
     })
 }
 
-/// Reaps until no child is left, and notes how the process ended.
-fn reap(main: pid_t, exit_file: &Path) -> i32 {
+/// Reaps until no child is left, notes how the process ended, and keeps what sessions hand over.
+fn reap(main: pid_t, exit_file: &Path, held: &Held) -> i32 {
     let mut code = 0;
+    // All signals are blocked: this one is read instead. Without it, children are looked for often.
+    let mut ended = SigSet::empty();
+    ended.add(Signal::SIGCHLD);
+    let signals = SignalFd::with_flags(&ended, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).ok();
+    let interval = PollTimeout::from(if signals.is_some() { 10_000u16 } else { 50 });
     loop {
-        match waitpid(None::<Pid>, None) {
+        match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(pid, status)) if pid.as_raw() == main => {
                 code = status;
                 note_exit(exit_file, &format!("exited {status}\n"));
@@ -322,6 +334,13 @@ fn reap(main: pid_t, exit_file: &Path) -> i32 {
             Ok(WaitStatus::Signaled(pid, signal, _)) if pid.as_raw() == main => {
                 code = 128 + signal as i32;
                 note_exit(exit_file, &format!("killed {}\n", signal as i32));
+            }
+            Ok(WaitStatus::StillAlive) => {
+                let mut fds = vec![PollFd::new(held.socket().as_fd(), PollFlags::POLLIN)];
+                fds.extend(signals.iter().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)));
+                let _ = poll(&mut fds, interval);
+                while signals.as_ref().is_some_and(|s| matches!(s.read_signal(), Ok(Some(_)))) {}
+                held.serve();
             }
             Ok(_) | Err(Errno::EINTR) => {}
             Err(_) => return code,

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use nix::errno::Errno;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
@@ -74,6 +74,18 @@ impl Shared {
         }
     }
 
+    /// Reads from a descriptor straight to `offset`, at most `len` bytes: what the kernel has handed
+    /// out is in the file even if this process dies right then.
+    ///
+    /// # Panics
+    /// When out of range.
+    pub fn fill_from(&self, fd: BorrowedFd<'_>, offset: usize, len: usize) -> nix::Result<usize> {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: the range was just checked to lie in the mapping.
+        let got = unsafe { libc::read(fd.as_raw_fd(), self.base.add(offset).cast(), len) };
+        Errno::result(got).map(|n| n as usize)
+    }
+
     /// The 32-bit word at `offset`.
     ///
     /// # Panics
@@ -111,6 +123,17 @@ pub fn memfd_executable(name: &std::ffi::CStr, len: u64) -> Result<File> {
     };
     let fd = create(libc::MFD_CLOEXEC | MFD_EXEC)
         .or_else(|_| create(libc::MFD_CLOEXEC))
+        .map_err(|e| Error::sys("memfd_create", e))?;
+    // SAFETY: the kernel just returned this descriptor; nobody else owns it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(len).map_err(|e| Error::io("size a memfd", e))?;
+    Ok(file)
+}
+
+/// Makes a memfd of `len` bytes, which costs memory only where it has been written.
+pub fn memfd(name: &std::ffi::CStr, len: u64) -> Result<File> {
+    // SAFETY: `name` is a live C string.
+    let fd = Errno::result(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })
         .map_err(|e| Error::sys("memfd_create", e))?;
     // SAFETY: the kernel just returned this descriptor; nobody else owns it.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });

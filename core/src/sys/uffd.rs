@@ -1,5 +1,6 @@
 //! userfaultfd: registration, page installation, events. See `ioctl_userfaultfd(2)`.
 
+use crate::sys::mapped::Shared;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -41,8 +42,8 @@ pub enum Event {
     },
     /// The process forked.
     Fork {
-        /// The child's userfaultfd.
-        child: Uffd,
+        /// The child's userfaultfd; none in an event that another process had read.
+        child: Option<Uffd>,
     },
     /// `mremap` moved pages.
     Remap {
@@ -90,7 +91,8 @@ pub struct Uffd {
     fd: OwnedFd,
 }
 
-const MESSAGE_LEN: usize = 32;
+/// Length of an event as the kernel writes it, in bytes.
+pub const MESSAGE_LEN: usize = 32;
 
 impl Uffd {
     /// Takes a descriptor that is a userfaultfd with its API handshake done.
@@ -98,15 +100,16 @@ impl Uffd {
         Self { fd }
     }
 
-    /// Reads one event; `None` when there is none.
-    pub fn read_event(&self) -> io::Result<Option<Event>> {
-        let mut raw = [0u8; MESSAGE_LEN];
+    /// Reads one event into `record` at `offset`, [`MESSAGE_LEN`] bytes; `None` when there is none.
+    /// Taking the event and recording it are one system call.
+    pub fn read_event(&self, record: &Shared, offset: usize) -> io::Result<Option<Event>> {
         loop {
-            // SAFETY: `raw` is a live buffer of the given length.
-            let got =
-                unsafe { libc::read(self.fd.as_raw_fd(), raw.as_mut_ptr().cast(), raw.len()) };
-            match Errno::result(got) {
-                Ok(n) if n as usize == MESSAGE_LEN => return decode(&raw).map(Some),
+            match record.fill_from(self.fd.as_fd(), offset, MESSAGE_LEN) {
+                Ok(MESSAGE_LEN) => {
+                    let mut raw = [0u8; MESSAGE_LEN];
+                    record.read(offset, &mut raw);
+                    return decode(&raw, true).map(Some);
+                }
                 Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
@@ -181,15 +184,20 @@ fn installed(errno: Option<Errno>, done: u64, len: u64) -> io::Result<Installed>
     }
 }
 
-fn decode(raw: &[u8; MESSAGE_LEN]) -> io::Result<Event> {
+/// An event that a process which has died recorded; a child's userfaultfd went with that process.
+pub fn decode_recorded(raw: &[u8; MESSAGE_LEN]) -> io::Result<Event> {
+    decode(raw, false)
+}
+
+fn decode(raw: &[u8; MESSAGE_LEN], ours: bool) -> io::Result<Event> {
     let word = |i: usize| u64::from_le_bytes(raw[i..i + 8].try_into().expect("eight bytes"));
     Ok(match raw[0] {
         0x12 => Event::Fault { address: word(16), tid: word(24) as u32 },
         0x13 => {
             // SAFETY: with this event the kernel has put a new descriptor into our table, and tells
             // nobody else about it.
-            let fd = unsafe { OwnedFd::from_raw_fd(word(8) as u32 as RawFd) };
-            Event::Fork { child: Uffd::from_fd(fd) }
+            let own = || unsafe { OwnedFd::from_raw_fd(word(8) as u32 as RawFd) };
+            Event::Fork { child: ours.then(|| Uffd::from_fd(own())) }
         }
         0x14 => Event::Remap { from: word(8), to: word(16), len: word(24) },
         0x15 => Event::Remove { start: word(8), end: word(16) },

@@ -1,34 +1,37 @@
 //! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
 
+use crate::dest::held::{Account, Holdings};
+use crate::dest::journal::{Record, Unfinished};
 use crate::dest::shared_memory::{Sleepers, mapped_until};
 use crate::error::{Error, Result};
 use crate::pages::{
-    Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SharedRemove, SpaceId,
-    TableMemory, Unregister,
+    Layout, PageTable, Pages, PagesError, Piece, PieceKind, Region, RunClaim, SpaceId, Unregister,
 };
 use crate::protocol::{Figures, PresentRun};
 use hdrhistogram::Histogram;
 use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
-use slipstream_core::restore::memory::{LazyView, RING_SLOTS, lazy_views};
+use slipstream_core::restore::keeper::Keeper;
+use slipstream_core::restore::memory::{LazyView, lazy_views};
+use slipstream_core::sys::poll;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
-use slipstream_core::sys::{poll, ring};
 use slipstream_transport::Pace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 /// Fault times from a microsecond to a minute, to two digits.
 const FAULT_US_MAX: u64 = 60_000_000;
+/// All addresses a program can have mapped, for waking whoever waits.
+const WAKE_START: u64 = 0x1_0000;
+const WAKE_END: u64 = 0x7fff_ffff_f000;
 
 /// Everything a drain's threads share.
 #[derive(Debug)]
 pub struct Drain {
     state: RwLock<State>,
-    ring: OwnedFd,
     /// The process, as this host sees it.
     pid: i32,
     /// There is anonymous shared memory, of which events don't tell all.
@@ -50,7 +53,7 @@ pub struct State {
     /// The pages.
     pub pages: Pages,
     uffds: BTreeMap<SpaceId, Uffd>,
-    ring_slot_next: usize,
+    held: Holdings,
     /// Spaces of which an event was read since they last had nothing to say.
     unsettled: BTreeSet<SpaceId>,
     sleepers: Sleepers,
@@ -87,32 +90,64 @@ pub enum Delivered {
 
 impl Drain {
     /// The drain of a restored process. Pages that came with the manifest are there already.
-    pub fn new(m: &Manifest, mapped: Mapped, pid: i32) -> Result<Self> {
-        let internal = |e: crate::pages::PagesError| Error::Internal(e.to_string());
+    pub fn new(m: &Manifest, mapped: Mapped, pid: i32, keeper: Arc<Keeper>) -> Result<Self> {
         let (regions, aliases) = regions(m);
-        let has_shared = regions.iter().any(|r| r.shared);
         let layout = Layout::new(regions).map_err(internal)?;
-        let len = PageTable::len_bytes(&layout);
-        let table =
-            || TableMemory::anonymous(len).map_err(|e| Error::io("reserve a page table", e));
-        let mut pages = Pages::new(layout, table()?, table()?).map_err(internal)?;
+        let holdings = Holdings::create(keeper, mapped.ring, PageTable::len_bytes(&layout))?;
+        let drain = Self::build(layout, aliases, mapped.uffd, pid, holdings)?;
+        drain.shared(|state| {
+            for page in &m.pages {
+                state.pages.end_copy(SpaceId::PROCESS, page.address, page.bytes.len() as u64);
+            }
+        });
+        Ok(drain)
+    }
+
+    /// Takes up the drain of a session that has ended.
+    pub fn take_up(m: &Manifest, uffd: Uffd, pid: i32, holdings: Holdings) -> Result<Self> {
+        let (regions, aliases) = regions(m);
+        let layout = Layout::new(regions).map_err(internal)?;
+        let drain = Self::build(layout, aliases, uffd, pid, holdings)?;
+        drain.exclusive(|state| -> Result<()> {
+            let (children, unfinished) = state.held.replay(&mut state.pages)?;
+            state.uffds.extend(children);
+            if let Some(unfinished) = unfinished {
+                drain.finish_event(state, unfinished)?;
+            }
+            // What a dead session had read is not told again, unless the thread tries again.
+            for uffd in state.uffds.values() {
+                if let Err(e) = uffd.wake(WAKE_START, WAKE_END - WAKE_START) {
+                    tracing::debug!("wake all: {e}");
+                }
+            }
+            Ok(())
+        })?;
+        Ok(drain)
+    }
+
+    fn build(
+        layout: Layout,
+        aliases: Vec<(u64, u64, u64)>,
+        uffd: Uffd,
+        pid: i32,
+        held: Holdings,
+    ) -> Result<Self> {
+        let has_shared = layout.regions().any(|r| r.shared);
+        let [private, shared] = held.tables(PageTable::len_bytes(&layout))?;
+        let mut pages = Pages::new(layout, private, shared).map_err(internal)?;
         for (current, source, len) in aliases {
             pages.track_alias(current, source, len).map_err(internal)?;
-        }
-        for page in &m.pages {
-            pages.end_copy(SpaceId::PROCESS, page.address, page.bytes.len() as u64);
         }
         let fault_us = Histogram::new_with_bounds(1, FAULT_US_MAX, 2)
             .map_err(|e| Error::Internal(e.to_string()))?;
         Ok(Self {
             state: RwLock::new(State {
                 pages,
-                uffds: BTreeMap::from([(SpaceId::PROCESS, mapped.uffd)]),
-                ring_slot_next: 1,
+                uffds: BTreeMap::from([(SpaceId::PROCESS, uffd)]),
+                held,
                 unsettled: BTreeSet::new(),
                 sleepers: Sleepers::default(),
             }),
-            ring: mapped.ring,
             pid,
             has_shared,
             pace: Arc::default(),
@@ -123,6 +158,24 @@ impl Drain {
             fault_us: Mutex::new(fault_us),
             huge: Mutex::new(Vec::new()),
         })
+    }
+
+    /// From here on another session can take the drain up.
+    pub fn keep(&self, account: &Account) -> Result<()> {
+        self.shared(|state| match state.uffd(SpaceId::PROCESS) {
+            Some(uffd) => state.held.keep(uffd, account),
+            None => Ok(()),
+        })
+    }
+
+    /// The spaces, each of which has a userfaultfd to wait on.
+    pub fn spaces(&self) -> Vec<SpaceId> {
+        self.shared(|state| state.uffds.keys().copied().collect())
+    }
+
+    /// Nothing needs to be taken up any more.
+    pub fn release(&self) {
+        self.shared(|state| state.held.release());
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -164,25 +217,50 @@ impl Drain {
         } else {
             Vec::new()
         };
-        let event = uffd.read_event().map_err(|e| Error::io("read userfaultfd", e))?;
-        let woken = match event {
-            None => return Ok(Happened::Nothing),
+        let event = state
+            .held
+            .journal
+            .read(uffd, id, &removing)
+            .map_err(|e| Error::io("read userfaultfd", e))?;
+        match event {
+            None => Ok(Happened::Nothing),
             Some(Event::Fault { address, tid }) => {
-                return Ok(Happened::Fault { address, tid: tid as i32 });
+                Ok(Happened::Fault { address, tid: tid as i32 })
             }
-            Some(Event::Fork { child }) => {
+            Some(event) => {
                 state.unsettled.insert(id);
-                return self.adopt(state, id, child);
+                self.deal_with(state, id, event, &removing)
             }
-            Some(Event::Remove { start, end }) => {
-                let punched = removing.iter().any(|r| r.start <= start && end <= r.end);
-                let shared = if punched { SharedRemove::Punch } else { SharedRemove::Keep };
-                state.pages.remove(id, start, end, shared)
+        }
+    }
+
+    /// Notes an event in the journal, and has it take effect.
+    fn deal_with(
+        &self,
+        state: &mut State,
+        id: SpaceId,
+        event: Event,
+        removing: &[Range<u64>],
+    ) -> Result<Happened> {
+        let woken = match event {
+            Event::Fork { child: Some(child) } => {
+                let child_id = state.held.adopt(&mut state.pages, id, &child)?;
+                state.uffds.insert(child_id, child);
+                return Ok(Happened::Forked(child_id));
             }
-            Some(Event::Unmap { start, end }) => state.pages.unmap(id, start, end),
-            Some(Event::Remap { from, to, len }) => self.remap(state, id, from, to, len),
+            Event::Fault { .. } | Event::Fork { child: None } => return Ok(Happened::Other),
+            Event::Remove { start, end } => {
+                let punch = removing.iter().any(|r| r.start <= start && end <= r.end);
+                state.apply(&[Record::Remove { space: id, start, end, punch }])?
+            }
+            Event::Unmap { start, end } => {
+                state.apply(&[Record::Unmap { space: id, start, end }])?
+            }
+            Event::Remap { from, to, len } => {
+                let records = self.remap(id, from, to, len);
+                state.apply(&records)?
+            }
         };
-        state.unsettled.insert(id);
         if let Some(uffd) = state.uffds.get(&id)
             && let Err(e) = uffd.wake(woken.start, woken.end - woken.start)
         {
@@ -191,39 +269,39 @@ impl Drain {
         Ok(Happened::Other)
     }
 
-    /// Moves pages. Of shared memory the old mapping may still be there.
-    fn remap(&self, state: &mut State, id: SpaceId, from: u64, to: u64, len: u64) -> Range<u64> {
-        if !self.has_shared || id != SpaceId::PROCESS {
-            return state.pages.remap(id, from, to, len);
+    /// Moved pages. Of shared memory the old mapping may still be there.
+    fn remap(&self, space: SpaceId, from: u64, to: u64, len: u64) -> Vec<Record> {
+        let moved = Record::Remap { space, from, to, len };
+        if !self.has_shared || space != SpaceId::PROCESS {
+            return vec![moved];
         }
-        let end = mapped_until(self.pid, to);
         if len == 0 {
-            state.pages.alias(id, from, to, end.map_or(0, |end| end - to));
-            return to..to;
+            let end = mapped_until(self.pid, to);
+            return vec![Record::Alias { space, from, to, len: end.map_or(0, |end| end - to) }];
         }
-        let woken = state.pages.remap(id, from, to, len);
-        if mapped_until(self.pid, from).is_none() {
-            state.pages.unmap(id, from, from.saturating_add(len));
+        if mapped_until(self.pid, from).is_some() {
+            return vec![moved];
         }
-        woken
+        vec![moved, Record::Unmap { space, start: from, end: from.saturating_add(len) }]
     }
 
-    /// Takes a forked child's pages over. The ring holds its userfaultfd at once: if this process
-    /// dies, the child's threads wait.
-    fn adopt(&self, state: &mut State, parent: SpaceId, child: Uffd) -> Result<Happened> {
-        if state.ring_slot_next < RING_SLOTS {
-            let slot = state.ring_slot_next as u32;
-            state.ring_slot_next += 1;
-            if let Err(e) = ring::hold(self.ring.as_fd(), slot, child.as_fd()) {
-                tracing::warn!("{e}");
-            }
+    /// Deals with an event that a session had read before it died.
+    fn finish_event(&self, state: &mut State, unfinished: Unfinished) -> Result<()> {
+        if state.uffd(unfinished.space).is_none() {
+            return Ok(());
         }
-        let len = PageTable::len_bytes(state.pages.layout());
-        let memory =
-            TableMemory::anonymous(len).map_err(|e| Error::io("reserve a page table", e))?;
-        let id = state.pages.fork(parent, memory).map_err(|e| Error::Internal(e.to_string()))?;
-        state.uffds.insert(id, child);
-        Ok(Happened::Forked(id))
+        let event = match state.held.unfinished_child(&unfinished)? {
+            Some(child) => Event::Fork { child: Some(child) },
+            None => unfinished.event,
+        };
+        if matches!(event, Event::Fork { child: None }) {
+            tracing::error!(
+                "a session was killed between reading that process {} forked and handing the child's \
+                 userfaultfd over: that child can't be served",
+                self.pid
+            );
+        }
+        self.deal_with(state, unfinished.space, event, &unfinished.removing).map(drop)
     }
 
     /// Installs what arrived for a source range, wherever it belongs by now.
@@ -256,15 +334,22 @@ impl Drain {
     pub fn give_up(&self, id: SpaceId, piece: &Piece) {
         tracing::warn!("nothing is mapped at {:#x}; its page is dropped", piece.current_address);
         let (start, len) = (piece.current_address, 4096);
-        self.exclusive(|state| state.pages.unmap(id, start, start + len));
+        self.exclusive(|state| {
+            if let Err(e) = state.apply(&[Record::Unmap { space: id, start, end: start + len }]) {
+                self.fail(e);
+            }
+        });
         self.tell_news();
     }
 
     /// An address space is gone: nobody waits there any more.
     pub fn space_ended(&self, id: SpaceId) {
         self.exclusive(|state| {
-            state.pages.exit(id);
+            if let Err(e) = state.apply(&[Record::Exit { space: id }]) {
+                self.fail(e);
+            }
             state.uffds.remove(&id);
+            state.held.let_go(id);
         });
         self.tell_news();
     }
@@ -376,6 +461,10 @@ impl Drain {
     }
 }
 
+fn internal(e: PagesError) -> Error {
+    Error::Internal(e.to_string())
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -390,6 +479,19 @@ pub enum Data<'a> {
 }
 
 impl State {
+    /// Notes changes in the journal, then makes them. Yields the range to wake.
+    fn apply(&mut self, records: &[Record]) -> Result<Range<u64>> {
+        self.held.note(&self.pages, records)?;
+        let mut woken = 0..0;
+        for (index, record) in records.iter().enumerate() {
+            let range = record.apply(&mut self.pages);
+            if index == 0 {
+                woken = range;
+            }
+        }
+        Ok(woken)
+    }
+
     /// The userfaultfd of a space.
     pub fn uffd(&self, id: SpaceId) -> Option<&Uffd> {
         self.uffds.get(&id)

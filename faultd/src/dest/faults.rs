@@ -121,7 +121,9 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()
         },
     };
     service.watch_lane()?;
-    service.watch_space(SpaceId::PROCESS)?;
+    for id in service.drain.spaces() {
+        service.watch_space(id)?;
+    }
     Ok(std::thread::spawn(move || {
         task::prefer_this_thread();
         if let Err(e) = service.run() {

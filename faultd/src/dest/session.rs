@@ -3,14 +3,16 @@
 use crate::agent::SessionArgs;
 use crate::clocks::{self, Exchange, Offsets};
 use crate::control::{hear_source, say_to_source, unexpected};
+use crate::dest::course::{Course, Link};
 use crate::dest::drain::Drain;
-use crate::dest::{bulk, faults, finish};
+use crate::dest::held::Account;
+use crate::dest::take_over;
 use crate::error::{Error, Result};
-use crate::events::{Role, Status};
+use crate::events::Role;
 use crate::failpoints;
 use crate::protocol::{
-    Blocker, Completed, DestinationMessage, Empty, Figures, Hello, MESSAGE_LEN_MAX, PresentRun,
-    Ready, Reason, Resumed, SourceMessage, Verdict,
+    Blocker, DestinationMessage, Empty, Hello, MESSAGE_LEN_MAX, Ready, Reason, Resumed,
+    SourceMessage, Verdict,
 };
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
@@ -19,15 +21,12 @@ use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::destination::check_destination;
 use slipstream_core::preflight::requirements::Requirements;
 use slipstream_core::restore::engine::{PrepareConfig, Restorer, TimedThread};
-use slipstream_core::restore::memory::{LazyRange, lazy_views};
 use slipstream_core::restore::newborn::own_vdso;
 use slipstream_core::restore::scratch::{Gate, gate};
-use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_core::sys::poll;
 use slipstream_core::sys::spawn::{recv_descriptors, take_handed};
-use slipstream_transport::{Channel, Key, Purpose, Receiver, Sender, TcpPageLane, Timeouts};
-use std::ops::Range;
+use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -44,11 +43,6 @@ const FROZEN_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const CLOCK_PROBES: usize = 5;
 const BULK_LANES_MAX: u32 = 4;
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-/// The end of a drain is noticed this fast.
-const TICK: Duration = Duration::from_millis(1);
-/// For the source to say goodbye after completion.
-const BYE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs the session that a peer's connection started. Descriptor 3 is the connection, 4 the socket
 /// through which the agent hands over lanes.
@@ -58,12 +52,17 @@ pub fn run(args: &SessionArgs) -> Result<()> {
     let lanes = UnixStream::from(take_handed(1).map_err(io)?);
     let key = Key::take_over(&lanes).map_err(io)?;
     let channel = Channel::accept(connection, &key, Timeouts::default())?;
-    if !channel.route().is_new() || channel.purpose() != Purpose::Control {
+    let expected = if args.id.is_some() { args.route } else { Route::NEW };
+    if channel.route() != expected || channel.purpose() != Purpose::Control {
         return Err(Error::Protocol("a connection for something else".into()));
     }
     let peer = channel.peer().to_string();
-    let (sender, receiver) = channel.split();
-    let mut session = Session { args, key, lanes, sender, receiver, peer, vdso: None };
+    let (mut sender, mut receiver) = channel.split();
+    if let Some(id) = &args.id {
+        let from = Lanes { socket: &lanes, key: &key, route: args.route };
+        return take_over::run(args, id, &mut sender, &mut receiver, &from, &peer);
+    }
+    let mut session = Session { args, key, lanes, sender, receiver, peer, vdso: None, said_ready: false };
     let result = session.run();
     if let Err(e) = &result {
         let reason = Reason { reason: e.to_string(), remedy: e.remedy().to_owned() };
@@ -81,6 +80,8 @@ struct Session<'a> {
     peer: String,
     /// The process's vdso, if this kernel's is another.
     vdso: Option<Vec<u8>>,
+    /// From here on the source may commit without our knowing.
+    said_ready: bool,
 }
 
 /// What is ready before the freeze.
@@ -94,9 +95,7 @@ struct Prepared {
 
 /// The restored process at its gate.
 struct AtTheGate {
-    manifest: Manifest,
-    /// What restore left mapped in the process.
-    ours: Vec<Range<u64>>,
+    account: Account,
     drain: Arc<Drain>,
     timed: Vec<TimedThread>,
 }
@@ -106,7 +105,7 @@ impl Session<'_> {
         let Some(hello) = self.negotiate()? else { return Ok(()) };
         let mut prepared = self.prepare(&hello)?;
         let ready = self.restore(&mut prepared).and_then(|at| {
-            self.await_commit(&prepared)?;
+            self.await_commit()?;
             Ok(at)
         });
         let at = match ready {
@@ -115,7 +114,10 @@ impl Session<'_> {
                 // Whoever asks from now on is told NEVER; the copy that waits at the gate ends.
                 prepared.gate.decide(gate::NEVER);
                 prepared.restorer.newborn().kill();
-                prepared.dir.remove();
+                // A source that was told "ready" may be past its commit: it will ask, and be told.
+                if !self.said_ready || matches!(e, Error::Peer { .. }) {
+                    prepared.dir.remove();
+                }
                 return Err(e);
             }
         };
@@ -168,11 +170,27 @@ impl Session<'_> {
 
     fn prepare(&mut self, hello: &Hello) -> Result<Prepared> {
         let bulk_lanes = hello.bulk_lanes.clamp(1, BULK_LANES_MAX);
-        let (urgent, bulk) = self.accept_lanes(bulk_lanes)?;
+        let lanes =
+            Lanes { socket: &self.lanes, key: &self.key, route: self.args.route };
+        let (urgent, bulk) = lanes.accept(bulk_lanes, &mut self.receiver)?;
         failpoints::pass("destination-lanes")?;
         let offsets = self.clock_offsets(hello)?;
         let dir = MigrationDir::create(&self.args.run_dir, Role::Destination, &hello.id)?;
-        let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone());
+        let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone())
+            .and_then(|(gate, restorer)| {
+                // By these a later session finds what this one leaves.
+                let init = restorer.newborn().keeper.init().pid();
+                let named = rundir::full_name(init)
+                    .and_then(|name| dir.write(rundir::INIT, name.as_bytes()))
+                    .and_then(|()| {
+                        dir.write(rundir::ROUTE, self.args.route_text().as_bytes())
+                    });
+                if let Err(e) = named {
+                    restorer.newborn().kill();
+                    return Err(e);
+                }
+                Ok((gate, restorer))
+            });
         let (gate, restorer) = match prepared {
             Ok(both) => both,
             Err(e) => {
@@ -212,50 +230,6 @@ impl Session<'_> {
         Ok((gate, restorer))
     }
 
-    /// Takes the lanes that the agent hands over, in whatever order they come.
-    fn accept_lanes(&mut self, bulk_lanes: u32) -> Result<(Channel, Vec<Channel>)> {
-        let (mut urgent, mut bulk) = (None, Vec::new());
-        while urgent.is_none() || bulk.len() < bulk_lanes as usize {
-            let channel = Channel::accept(self.next_lane()?, &self.key, Timeouts::default())?;
-            if channel.route() != self.args.route {
-                return Err(Error::Protocol("a lane for another session".into()));
-            }
-            match channel.purpose() {
-                Purpose::Urgent if urgent.is_none() => urgent = Some(channel),
-                Purpose::Bulk(_) if bulk.len() < bulk_lanes as usize => bulk.push(channel),
-                _ => return Err(Error::Protocol("a lane too many".into())),
-            }
-        }
-        match urgent {
-            Some(urgent) => Ok((urgent, bulk)),
-            None => unexpected("an urgent lane"),
-        }
-    }
-
-    fn next_lane(&mut self) -> Result<OwnedFd> {
-        self.wait_lane_or_end()?;
-        let mut byte = [0u8; 1];
-        let (_, fds) = recv_descriptors(&self.lanes, &mut byte)
-            .map_err(|e| Error::io("wait for a lane", e.into()))?;
-        fds.into_iter().next().ok_or_else(|| Error::Protocol("the agent ended".into()))
-    }
-
-    /// Waits until the agent has a lane for us. The source says nothing meanwhile, unless it gives up.
-    fn wait_lane_or_end(&mut self) -> Result<()> {
-        let deadline = Instant::now() + STEP_TIMEOUT;
-        while Instant::now() < deadline {
-            if poll::readable(&self.lanes, POLL_INTERVAL).map_err(|e| Error::io("poll", e))? {
-                return Ok(());
-            }
-            match self.receiver.recv_by(MESSAGE_LEN_MAX, Instant::now()) {
-                Err(slipstream_transport::Error::Timeout { .. }) => {}
-                Ok(_) => return Err(Error::Protocol("the source gave up".into())),
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Err(Error::Protocol("no lanes in time".into()))
-    }
-
     /// Offsets that make the process's clocks go on. Within one boot they are what they were.
     fn clock_offsets(&mut self, hello: &Hello) -> Result<Offsets> {
         if hello.boot_id == clocks::boot_id()? {
@@ -293,31 +267,42 @@ impl Session<'_> {
         let timed = prepared.restorer.finish(&manifest, &mapped)?;
         let mut ours = prepared.restorer.ranges();
         ours.push(mapped.ring_range.clone());
-        let drain =
-            Arc::new(Drain::new(&manifest, mapped, prepared.restorer.newborn().process.pid())?);
+        let newborn = prepared.restorer.newborn();
+        let account = Account::new(&manifest, &ours);
+        let keeper = Arc::clone(&newborn.keeper);
+        let drain = Arc::new(Drain::new(&manifest, mapped, newborn.process.pid(), keeper)?);
         failpoints::pass("destination-restored")?;
         let restore_us = began.elapsed().as_micros() as u64;
+        self.said_ready = true;
         say_to_source(&mut self.sender, DestinationMessage::Ready(Ready { restore_us }))?;
-        Ok(AtTheGate { manifest, ours, drain, timed })
+        // While the source parks its threads.
+        drain.keep(&account)?;
+        Ok(AtTheGate { account, drain, timed })
     }
 
     /// Waits for the source to commit. On any other end the caller says NEVER.
-    fn await_commit(&mut self, prepared: &Prepared) -> Result<()> {
+    fn await_commit(&mut self) -> Result<()> {
         match hear_source(&mut self.receiver, Some(FROZEN_TIMEOUT))? {
-            SourceMessage::Commit(_) => {}
-            _ => return unexpected("commit"),
+            SourceMessage::Commit(_) => Ok(()),
+            _ => unexpected("commit"),
         }
-        let _ = prepared;
-        Ok(())
     }
 
     /// Opens the gate, and serves pages until nothing is missing.
     fn drain(&mut self, hello: &Hello, prepared: Prepared, at: AtTheGate) -> Result<()> {
         let Prepared { dir, gate: gate_file, restorer, urgent, bulk } = prepared;
-        let AtTheGate { manifest, ours, drain, timed } = at;
+        let AtTheGate { account, drain, timed } = at;
         let process = &restorer.newborn().process;
-        let fault_thread = faults::start(Arc::clone(&drain), Box::new(TcpPageLane::new(urgent)))?;
-        let resumed_at = Instant::now();
+        let course = Course {
+            id: &hello.id,
+            peer: &self.peer,
+            dir: &dir,
+            drain,
+            account,
+            process,
+            since: Instant::now(),
+        };
+        let fault_thread = course.start_faults(urgent)?;
         if gate_file.decide(gate::RUN) != gate::RUN {
             return Err(Error::Refused {
                 reason: "the migration was aborted".into(),
@@ -325,143 +310,78 @@ impl Session<'_> {
             });
         }
         let resumed = Resumed { host_pid: process.pid() };
-        say_to_source(&mut self.sender, DestinationMessage::Resumed(resumed))?;
-        let (peer, pid) = (self.peer.clone(), process.pid());
-        let status = |phase: &str, detail: &str| Status {
-            id: hello.id.clone(),
-            role: Role::Destination,
-            phase: phase.to_owned(),
-            pid: Some(pid),
-            peer: peer.clone(),
-            figures: None,
-            detail: detail.to_owned(),
-        };
-        // The process runs: from here on a full disk must not end what brings its pages.
-        let tell = |phase: &str| {
-            if let Err(e) = dir.write_status(&status(phase, "")) {
-                tracing::warn!("{e}");
-            }
-        };
-        tell("drain");
-        if let Err(e) = settle_timed(process.pid(), &timed) {
+        let told = say_to_source(&mut self.sender, DestinationMessage::Resumed(resumed));
+        if let Err(e) = told {
+            // The source will ask; until then nobody can bring pages.
             tracing::warn!("{e}");
         }
-        let bulk_threads: Vec<_> = bulk
-            .into_iter()
-            .map(|lane| {
-                let lane = TcpPageLane::new(lane).with_pace(Arc::clone(drain.pace()));
-                bulk::start(Arc::clone(&drain), Box::new(lane))
-            })
-            .collect();
-        receive_present_map(&mut self.receiver, &drain, &named_ranges(&manifest))?;
-        self.report_until_complete(&drain)?;
-        let drain_us = resumed_at.elapsed().as_micros() as u64;
-        let exited = process.exited();
-        finish::finish(&drain, &manifest, process, &ours)?;
-        drain.end();
-        for thread in bulk_threads.into_iter().chain(std::iter::once(fault_thread)) {
-            let _ = thread.join();
-        }
-        let figures = drain.figures();
-        drop(drain);
-        tell("completed");
-        let completed = Completed { figures, drain_us, exited };
-        say_to_source(&mut self.sender, DestinationMessage::Completed(completed))?;
-        // The source ends its copy; whether it says goodbye matters to nobody here.
-        let _ = hear_source(&mut self.receiver, Some(BYE_TIMEOUT));
-        Ok(())
-    }
-
-    fn report_until_complete(&mut self, drain: &Drain) -> Result<()> {
-        let mut reported = Instant::now();
-        while !drain.complete() {
-            if let Some(e) = drain.take_failure() {
-                return Err(e);
-            }
-            drain.wait_news(TICK);
-            if reported.elapsed() >= PROGRESS_INTERVAL {
-                reported = Instant::now();
-                let figures: Figures = drain.figures();
-                say_to_source(&mut self.sender, DestinationMessage::Progress(figures))?;
-            }
-        }
-        Ok(())
+        let mut link = Link {
+            sender: &mut self.sender,
+            receiver: &mut self.receiver,
+            newcomers: &self.lanes,
+        };
+        course.run(&mut link, fault_thread, bulk, &timed)
     }
 }
 
-/// The ranges by whose addresses the source names pages.
-fn named_ranges(m: &Manifest) -> Vec<LazyRange> {
-    lazy_views(m).into_iter().filter(|v| v.alias_of.is_none()).map(|v| v.range).collect()
+/// Where lanes come from.
+#[derive(Debug)]
+pub struct Lanes<'a> {
+    /// From the agent.
+    pub socket: &'a UnixStream,
+    /// Of the peer that may open them.
+    pub key: &'a Key,
+    /// Of this migration.
+    pub route: Route,
 }
 
-/// Takes the present map as it comes; what lies between two runs does not exist.
-fn receive_present_map(receiver: &mut Receiver, drain: &Drain, lazy: &[LazyRange]) -> Result<()> {
-    let mut gaps = Gaps::new(lazy);
-    loop {
-        match hear_source(receiver, Some(STEP_TIMEOUT))? {
-            SourceMessage::PresentMap(map) => {
-                let runs = map
-                    .unpack()
-                    .ok_or_else(|| Error::Protocol("a malformed present map".into()))?;
-                for run in &runs {
-                    for (start, len) in gaps.before(run) {
-                        drain.absent(start, len)?;
-                    }
-                    drain.present(run)?;
-                }
+impl Lanes<'_> {
+    /// Takes the lanes that the agent hands over, in whatever order they come.
+    pub fn accept(
+        &self,
+        bulk_lanes: u32,
+        receiver: &mut Receiver,
+    ) -> Result<(Channel, Vec<Channel>)> {
+        let (mut urgent, mut bulk) = (None, Vec::new());
+        while urgent.is_none() || bulk.len() < bulk_lanes as usize {
+            let channel = Channel::accept(self.next_lane(receiver)?, self.key, Timeouts::default())?;
+            if channel.route() != self.route {
+                return Err(Error::Protocol("a lane for another session".into()));
             }
-            SourceMessage::PresentMapEnd(_) => break,
-            _ => return unexpected("the present map"),
+            match channel.purpose() {
+                Purpose::Urgent if urgent.is_none() => urgent = Some(channel),
+                Purpose::Bulk(_) if bulk.len() < bulk_lanes as usize => bulk.push(channel),
+                _ => return Err(Error::Protocol("a lane too many".into())),
+            }
+        }
+        match urgent {
+            Some(urgent) => Ok((urgent, bulk)),
+            None => unexpected("an urgent lane"),
         }
     }
-    for (start, len) in gaps.rest() {
-        drain.absent(start, len)?;
-    }
-    drain.map_complete();
-    Ok(())
-}
 
-/// What lies between runs, within the lazy ranges.
-struct Gaps {
-    ranges: Vec<(u64, u64)>,
-    index: usize,
-    at: u64,
-}
-
-impl Gaps {
-    fn new(lazy: &[LazyRange]) -> Self {
-        let ranges: Vec<_> = lazy.iter().map(|r| (r.start, r.start + r.len_bytes)).collect();
-        let at = ranges.first().map_or(u64::MAX, |r| r.0);
-        Self { ranges, index: 0, at }
+    fn next_lane(&self, receiver: &mut Receiver) -> Result<OwnedFd> {
+        self.wait_lane_or_end(receiver)?;
+        let mut byte = [0u8; 1];
+        let (_, fds) = recv_descriptors(self.socket, &mut byte)
+            .map_err(|e| Error::io("wait for a lane", e.into()))?;
+        fds.into_iter().next().ok_or_else(|| Error::Protocol("the agent ended".into()))
     }
 
-    /// The gaps up to a run.
-    fn before(&mut self, run: &PresentRun) -> Vec<(u64, u64)> {
-        let gaps = self.up_to(run.start);
-        self.at = self.at.max(run.start + run.len_bytes);
-        gaps
-    }
-
-    /// The gaps after the last run.
-    fn rest(&mut self) -> Vec<(u64, u64)> {
-        self.up_to(u64::MAX)
-    }
-
-    fn up_to(&mut self, limit: u64) -> Vec<(u64, u64)> {
-        let mut gaps = Vec::new();
-        while let Some((start, end)) = self.ranges.get(self.index).copied() {
-            let from = self.at.max(start);
-            let to = end.min(limit);
-            if from < to {
-                gaps.push((from, to - from));
-                self.at = to;
+    /// Waits until the agent has a lane for us. The source says nothing meanwhile, unless it gives up.
+    fn wait_lane_or_end(&self, receiver: &mut Receiver) -> Result<()> {
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        while Instant::now() < deadline {
+            if poll::readable(self.socket, POLL_INTERVAL).map_err(|e| Error::io("poll", e))? {
+                return Ok(());
             }
-            if limit <= end {
-                break;
+            match receiver.recv_by(MESSAGE_LEN_MAX, Instant::now()) {
+                Err(slipstream_transport::Error::Timeout { .. }) => {}
+                Ok(_) => return Err(Error::Protocol("the source gave up".into())),
+                Err(e) => return Err(e.into()),
             }
-            self.index += 1;
         }
-        gaps
+        Err(Error::Protocol("no lanes in time".into()))
     }
 }
 
@@ -489,26 +409,4 @@ fn vdso_blocker(foreign: &[u8]) -> Option<Blocker> {
     };
     let remedy = "move to a host whose kernel is as new".into();
     Some(Blocker { object: "destination".into(), reason, remedy })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run(start: u64, len_bytes: u64) -> PresentRun {
-        PresentRun { start, len_bytes, huge: false }
-    }
-
-    #[test]
-    fn gaps_are_what_runs_leave() {
-        let lazy = [
-            LazyRange { start: 0x1000, len_bytes: 0x4000, page_size: 4096 },
-            LazyRange { start: 0x10000, len_bytes: 0x2000, page_size: 4096 },
-        ];
-        let mut gaps = Gaps::new(&lazy);
-        assert_eq!(gaps.before(&run(0x2000, 0x1000)), [(0x1000, 0x1000)]);
-        assert_eq!(gaps.before(&run(0x3000, 0x1000)), []);
-        assert_eq!(gaps.before(&run(0x10000, 0x1000)), [(0x4000, 0x1000)]);
-        assert_eq!(gaps.rest(), [(0x11000, 0x1000)]);
-    }
 }

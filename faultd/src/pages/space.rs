@@ -229,18 +229,51 @@ impl Space {
 
     /// The address space of a forked child, its table in zeroed `memory`.
     pub(super) fn fork(&self, memory: TableMemory) -> Result<Self, PagesError> {
+        let private = self.private.snapshot_for_fork(&self.layout, memory)?;
+        Ok(self.with(private, self.spans_of_child()))
+    }
+
+    /// The same of a child that was forked before: the table is its own.
+    pub(super) fn fork_again(&self, memory: TableMemory) -> Result<Self, PagesError> {
+        Ok(Self { spans: self.spans_of_child(), ..self.sibling(memory)? })
+    }
+
+    fn spans_of_child(&self) -> SpanMap {
         let mut spans = self.spans.clone();
         for span in self.spans.iter() {
             if self.layout.find(span.source).is_some_and(|placed| !placed.region.forks) {
                 spans.cut(span.current());
             }
         }
-        Ok(Self {
-            layout: Arc::clone(&self.layout),
-            private: self.private.snapshot_for_fork(&self.layout, memory)?,
-            shared: Arc::clone(&self.shared),
-            spans,
-        })
+        spans
+    }
+
+    /// A space of the same migration with a table that was in use, and nothing tracked.
+    pub(super) fn sibling(&self, memory: TableMemory) -> Result<Self, PagesError> {
+        let private = PageTable::new(&self.layout, memory)?;
+        private.forget_requests();
+        Ok(self.with(private, SpanMap::default()))
+    }
+
+    fn with(&self, private: PageTable, spans: SpanMap) -> Self {
+        let (layout, shared) = (Arc::clone(&self.layout), Arc::clone(&self.shared));
+        Self { layout, private, shared, spans }
+    }
+
+    /// Forgets every span.
+    pub(super) fn clear_spans(&mut self) {
+        self.spans = SpanMap::default();
+    }
+
+    /// Tracks a span where nothing is tracked.
+    pub(super) fn restore_span(&mut self, span: Span) {
+        self.spans.cut(span.current());
+        self.spans.insert(span);
+    }
+
+    /// All spans.
+    pub fn spans(&self) -> impl Iterator<Item = Span> + '_ {
+        self.spans.iter()
     }
 
     /// What of a source range that has arrived is still wanted, and where.

@@ -7,6 +7,7 @@
 use crate::error::{Error, Result};
 use crate::failpoints;
 use crate::rundir::MigrationDir;
+use slipstream_core::arch::Regs;
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::program::{Arg, Program};
@@ -49,13 +50,48 @@ pub fn declare(
     Ok(())
 }
 
-/// Ends the tracing of the stopped copy, once the destination has said that its copy runs.
-pub fn settle(frozen: Frozen, dir: &MigrationDir) {
-    frozen.abandon();
+/// Notes that the destination has said that its copy runs.
+pub fn note_committed(dir: &MigrationDir) {
     // "committing" stands there already; a full disk must not end what has gone well.
     if let Err(e) = dir.write(JOURNAL, b"committed\n") {
         tracing::warn!("{e}");
     }
+}
+
+/// The destination's copy never runs: the copy here goes on as if nothing had happened.
+pub fn bring_back(pid: i32, scratch: SourceScratch, dir: &MigrationDir) -> Result<()> {
+    let process = PidFd::open(pid)?;
+    let image = dir.read(REGISTERS)?.unwrap_or_default();
+    let known = parse_registers(&image)
+        .ok_or_else(|| Error::Internal("the journal of registers is damaged".into()))?;
+    let mut frozen = Frozen::freeze(pid, END_TIMEOUT)?;
+    // A copy that can't be brought back stays as it is: stopped, whatever becomes of this session.
+    if let Err(e) = frozen.bring_back(&scratch.range(), &known) {
+        frozen.abandon();
+        return Err(e.into());
+    }
+    frozen.thaw()?;
+    process.kill(libc::SIGCONT)?;
+    match scratch.unmap(END_TIMEOUT) {
+        Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
+        Err(e) => tracing::warn!("scratch memory stays mapped: {e}"),
+    }
+    Ok(())
+}
+
+fn parse_registers(image: &[u8]) -> Option<Vec<(i32, u64, Regs)>> {
+    let len = 16 + size_of::<Regs>();
+    if !image.len().is_multiple_of(len) {
+        return None;
+    }
+    image
+        .chunks_exact(len)
+        .map(|raw| {
+            let tid = i64::from_le_bytes(raw[..8].try_into().ok()?);
+            let mask = u64::from_le_bytes(raw[8..16].try_into().ok()?);
+            Some((i32::try_from(tid).ok()?, mask, Regs::from_bytes(&raw[16..])?))
+        })
+        .collect()
 }
 
 /// Ends the frozen copy as a program that exits, not as one that is killed: its parent sees an exit,

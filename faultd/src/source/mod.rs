@@ -1,10 +1,13 @@
 //! The source's side of a migration.
 
+pub mod afterwards;
 pub mod arguments;
 pub mod check;
 pub mod commit;
 pub mod events_out;
+pub mod figures;
 pub mod interrupt;
 pub mod local;
 pub mod page_server;
+pub mod record;
 pub mod session;

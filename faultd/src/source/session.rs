@@ -6,17 +6,17 @@
 use crate::clocks;
 use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
-use crate::events::{self, BlackoutParts, Event, Outcome, Role, Status, per_second};
+use crate::events::{self, BlackoutParts, Event, Outcome, Role, Status};
 use crate::failpoints;
 use crate::protocol::{
-    ClockReading, Completed, DestinationMessage, Empty, Figures, PresentMap, PresentMapEnd, Reason,
-    SourceMessage, Verdict,
+    ClockReading, DestinationMessage, Empty, Reason, SourceMessage, Verdict,
 };
 use crate::rundir::{self, MigrationDir};
+use crate::source::afterwards::{Afterwards, Live};
 use crate::source::commit;
 use crate::source::interrupt::Interrupts;
 use crate::source::local::{self, Local};
-use crate::source::page_server::{PageServers, send_present_map};
+use crate::source::record::Record;
 use prost::Message;
 use slipstream_core::capture::assemble;
 use slipstream_core::capture::files::StdioPolicy;
@@ -30,6 +30,7 @@ use slipstream_core::sys::pidfd::PidFd;
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -98,6 +99,12 @@ struct AtTheBrink {
     report: Event,
 }
 
+/// The commit has left. Whether the destination has said that its copy runs:
+struct Past {
+    memory: FrozenMemory,
+    resumed: bool,
+}
+
 impl Session<'_> {
     fn run(&mut self) -> Result<()> {
         let pid = self.config.pid;
@@ -107,32 +114,66 @@ impl Session<'_> {
         let dir = MigrationDir::create(&self.config.run_dir, Role::Source, &id)?;
         self.write_status(&dir, &id, "prepare", None);
         let prepared = self.before_freeze(&mut local, &id);
-        let (mut link, lanes, scratch) = match prepared {
+        let (mut link, lanes, scratch, route) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => {
                 dir.remove();
                 return Err(e);
             }
         };
-        let brink = match self.move_state(&mut link, &scratch, &local, &dir) {
+        let mut record = match self.record(&id, &scratch, route, &lanes) {
+            Ok(record) => record,
+            Err(e) => {
+                dir.remove();
+                return self.roll_back(&mut link, scratch, e);
+            }
+        };
+        let brink = match self.move_state(&mut link, &scratch, &local, &dir, &mut record) {
             Ok(brink) => brink,
             Err(e) => {
                 dir.remove();
                 return self.roll_back(&mut link, scratch, e);
             }
         };
-        let memory = match self.commit(&mut link, brink, &scratch, &process, &dir, &id) {
-            Ok(memory) => memory,
-            Err(e) if !self.committed => {
+        match self.commit(&mut link, brink, &scratch, &process, &dir, &record) {
+            Ok(past) => self.see_through(link, lanes, scratch, dir, record, past),
+            Err(e) => {
                 dir.remove();
-                return self.roll_back(&mut link, scratch, e);
+                self.roll_back(&mut link, scratch, e)
             }
-            Err(e) => return Err(self.wait_for_recovery(&dir, &id, e)),
+        }
+    }
+
+    /// Past the commit: the drain, however often connections break, or the way back.
+    fn see_through(
+        &mut self,
+        link: Connections,
+        lanes: Vec<Channel>,
+        scratch: SourceScratch,
+        dir: MigrationDir,
+        record: Record,
+        past: Past,
+    ) -> Result<()> {
+        if past.resumed {
+            self.enter("drain");
+        }
+        let Connections { sender, receiver, key, .. } = link;
+        let live = past.resumed.then_some(Live { sender, receiver, lanes });
+        let after = Afterwards {
+            pid: self.config.pid,
+            memory: Arc::new(past.memory),
+            resumed: past.resumed,
+            started: self.started,
+            sink: &mut *self.sink,
+            scratch,
+            dir,
+            key,
+            record,
         };
-        self.write_status(&dir, &id, "drain", None);
-        match self.drain(&mut link, lanes, memory, &dir, &id) {
-            Ok(done) => self.finish(&mut link, &scratch, dir, done),
-            Err(e) => Err(self.wait_for_recovery(&dir, &id, e)),
+        match after.run(live) {
+            // It has been told already.
+            Err(Error::Lost) => Ok(()),
+            other => other,
         }
     }
 
@@ -141,14 +182,14 @@ impl Session<'_> {
         &mut self,
         local: &mut Local,
         id: &str,
-    ) -> Result<(Connections, Vec<Channel>, SourceScratch)> {
+    ) -> Result<(Connections, Vec<Channel>, SourceScratch, Vec<u8>)> {
         let (mut link, verdict) = self.negotiate(local, id)?;
         if verdict.foreign_vdso {
             local.avoid = local::vdso_range(self.config.pid)?;
         }
         let lanes = self.connect_lanes(&link, &verdict)?;
         let scratch = self.prepare(&mut link, local)?;
-        Ok((link, lanes, scratch))
+        Ok((link, lanes, scratch, verdict.route))
     }
 
     /// The claim comes first: what is seen without it may be a process that another migration stops.
@@ -280,6 +321,7 @@ impl Session<'_> {
         scratch: &SourceScratch,
         local: &Local,
         dir: &MigrationDir,
+        record: &mut Record,
     ) -> Result<AtTheBrink> {
         self.enter("freeze");
         let frozen_at = Instant::now();
@@ -297,6 +339,8 @@ impl Session<'_> {
         self.phase = "restore";
         // While the destination restores: what commit and the page server need.
         let memory = FrozenMemory::open(self.config.pid, &manifest)?;
+        record.mappings.clone_from(&manifest.mappings);
+        record.write(dir)?;
         commit::journal_registers(&frozen, dir)?;
         let ready = match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
             DestinationMessage::Ready(ready) => ready,
@@ -309,6 +353,29 @@ impl Session<'_> {
         Ok(AtTheBrink { frozen, memory, parts, frozen_at, report })
     }
 
+    /// What another session would need in place of this one.
+    fn record(
+        &self,
+        id: &str,
+        scratch: &SourceScratch,
+        route: Vec<u8>,
+        lanes: &[Channel],
+    ) -> Result<Record> {
+        Ok(Record {
+            id: id.to_owned(),
+            process: rundir::full_name(self.config.pid)?,
+            destination: self.config.destination.clone(),
+            key: self.config.key.as_os_str().as_bytes().to_vec(),
+            route,
+            bulk_lanes: lanes.len().saturating_sub(1) as u32,
+            scratch_start: scratch.range().start,
+            scratch_end: scratch.range().end,
+            timeout_us: self.config.timeout.as_micros() as u64,
+            mappings: Vec::new(),
+        })
+    }
+
+    /// An error is one before the commit: everything can still be undone. Past it, there is none.
     fn commit(
         &mut self,
         link: &mut Connections,
@@ -316,85 +383,37 @@ impl Session<'_> {
         scratch: &SourceScratch,
         process: &PidFd,
         dir: &MigrationDir,
-        id: &str,
-    ) -> Result<FrozenMemory> {
+        record: &Record,
+    ) -> Result<Past> {
         let began = Instant::now();
         // From here on an interrupt ends nothing.
         self.interrupts.commit()?;
         commit::declare(&mut brink.frozen, scratch, process, dir)?;
         self.committed = true;
         self.phase = "commit";
-        say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))?;
-        let resumed = match hear_destination(&mut link.receiver, None)? {
-            DestinationMessage::Resumed(r) => r,
-            _ => return unexpected("resumed"),
-        };
+        let answer = say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))
+            .and_then(|()| hear_destination(&mut link.receiver, Some(self.config.timeout)));
         brink.parts.commit_us = us(began);
         let blackout_us = us(brink.frozen_at);
-        commit::settle(brink.frozen, dir);
+        brink.frozen.abandon();
+        let DestinationMessage::Resumed(resumed) = (match answer {
+            Ok(message) => message,
+            Err(e) => {
+                tracing::warn!("the commit is in doubt: {e}");
+                return Ok(Past { memory: brink.memory, resumed: false });
+            }
+        }) else {
+            return Ok(Past { memory: brink.memory, resumed: false });
+        };
+        commit::note_committed(dir);
         (self.sink)(brink.report);
-        (self.sink)(Event::Committed(events::Committed { id: id.to_owned() }));
+        (self.sink)(Event::Committed(events::Committed { id: record.id.clone() }));
         (self.sink)(Event::Resumed(events::Resumed {
             dest_pid: resumed.host_pid,
             blackout_us,
             blackout_parts: brink.parts,
         }));
-        Ok(brink.memory)
-    }
-
-    /// Serves pages until the destination has them all.
-    fn drain(
-        &mut self,
-        link: &mut Connections,
-        lanes: Vec<Channel>,
-        memory: FrozenMemory,
-        dir: &MigrationDir,
-        id: &str,
-    ) -> Result<Completed> {
-        self.enter("drain");
-        let memory = Arc::new(memory);
-        let servers = PageServers::start(lanes, &memory);
-        let sender = &mut link.sender;
-        let bytes = send_present_map(&memory, &mut |runs| {
-            say_to_destination(sender, SourceMessage::PresentMap(PresentMap::pack(runs)))
-        })?;
-        say_to_destination(sender, SourceMessage::PresentMapEnd(PresentMapEnd { bytes }))?;
-        let mut last = (Instant::now(), Figures::default());
-        let done = loop {
-            match hear_destination(&mut link.receiver, None)? {
-                DestinationMessage::Progress(figures) => {
-                    let progress = progress(&figures, last.0, &last.1);
-                    self.write_status(dir, id, "drain", Some(progress.figures.clone()));
-                    (self.sink)(Event::Progress(progress));
-                    last = (Instant::now(), figures);
-                }
-                DestinationMessage::Completed(done) => break done,
-                _ => return unexpected("progress"),
-            }
-        };
-        servers.stop();
-        Ok(done)
-    }
-
-    fn finish(
-        &mut self,
-        link: &mut Connections,
-        scratch: &SourceScratch,
-        dir: MigrationDir,
-        done: Completed,
-    ) -> Result<()> {
-        commit::drop_copy(self.config.pid, scratch)?;
-        // The destination may be gone already: it has nothing left to do.
-        let _ = say_to_destination(&mut link.sender, SourceMessage::Bye(Empty {}));
-        dir.remove();
-        (self.sink)(Event::Completed(events::Completed {
-            figures: figures(&done.figures, &Figures::default(), done.drain_us),
-            total_us: us(self.started),
-            drain_us: done.drain_us,
-            transport: "tcp".into(),
-            exited: done.exited,
-        }));
-        Ok(())
+        Ok(Past { memory: brink.memory, resumed: true })
     }
 
     /// Ends a migration before commit: the process goes on, without our scratch memory. Whatever was
@@ -412,11 +431,6 @@ impl Session<'_> {
             Err(e) => tracing::warn!("scratch memory stays mapped: {e}"),
         }
         Err(error)
-    }
-
-    fn wait_for_recovery(&mut self, dir: &MigrationDir, id: &str, error: Error) -> Error {
-        self.write_status(dir, id, "waiting", None);
-        error
     }
 
     fn write_status(
@@ -520,28 +534,4 @@ fn destination_blocker(e: &Error) -> events::Blocker {
         reason: e.to_string(),
         remedy: e.remedy().to_owned(),
     }
-}
-
-fn figures(now: &Figures, before: &Figures, elapsed_us: u64) -> events::Figures {
-    let bytes = now.bytes.saturating_sub(before.bytes);
-    let faults = now.faults.saturating_sub(before.faults);
-    events::Figures {
-        pages_present: now.pages_present,
-        pages_total: now.pages_total,
-        bytes: now.bytes,
-        faults: now.faults,
-        fault_us_p50: now.fault_us_p50,
-        fault_us_p99: now.fault_us_p99,
-        mb_per_s: per_second(bytes as f64 / 1e6, elapsed_us),
-        faults_per_s: per_second(faults as f64, elapsed_us),
-    }
-}
-
-fn progress(now: &Figures, since: Instant, before: &Figures) -> events::Progress {
-    let elapsed_us = us(since);
-    let figures = figures(now, before, elapsed_us);
-    let left = now.pages_total.saturating_sub(now.pages_present) as f64;
-    let came = now.pages_present.saturating_sub(before.pages_present) as f64;
-    let eta_s = (came > 0.0).then(|| left / came * elapsed_us as f64 / 1e6);
-    events::Progress { phase: "drain".into(), figures, eta_s }
 }

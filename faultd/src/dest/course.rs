@@ -1,0 +1,176 @@
+//! The course of a drain, from the first page to the last: the same for the session that restored the
+//! process and for one that took over.
+
+use crate::control::{hear_source, say_to_source};
+use crate::dest::drain::Drain;
+use crate::dest::held::Account;
+use crate::dest::present::receive_present_map;
+use crate::dest::{bulk, faults, finish};
+use crate::error::{Error, Result};
+use crate::events::{Role, Status};
+use crate::protocol::{Completed, DestinationMessage, Figures};
+use crate::rundir::{self, MigrationDir};
+use prost::Message;
+use slipstream_core::manifest::Manifest;
+use slipstream_core::restore::engine::TimedThread;
+use slipstream_core::restore::settle::settle_timed;
+use slipstream_core::sys::pidfd::PidFd;
+use slipstream_core::sys::poll;
+use slipstream_transport::{Channel, Receiver, Sender, TcpPageLane};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// The end of a drain is noticed this fast.
+const TICK: Duration = Duration::from_millis(1);
+/// For the source to say goodbye after completion.
+const BYE_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a thread that is in a system call on a connection which is no more.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The control connection, and the socket through which the agent hands connections over.
+#[derive(Debug)]
+pub struct Link<'a> {
+    /// To the source.
+    pub sender: &'a mut Sender,
+    /// From the source.
+    pub receiver: &'a mut Receiver,
+    /// From the agent.
+    pub newcomers: &'a UnixStream,
+}
+
+/// A drain, and all that is needed to finish it.
+#[derive(Debug)]
+pub struct Course<'a> {
+    /// The migration's name.
+    pub id: &'a str,
+    /// The source's address.
+    pub peer: &'a str,
+    /// Its folder.
+    pub dir: &'a MigrationDir,
+    /// The pages.
+    pub drain: Arc<Drain>,
+    /// What is needed at the end.
+    pub account: Account,
+    /// The process.
+    pub process: &'a PidFd,
+    /// When the process resumed, or the drain was taken up.
+    pub since: Instant,
+}
+
+impl Course<'_> {
+    /// Starts the thread that answers faults.
+    pub fn start_faults(&self, urgent: Channel) -> Result<JoinHandle<()>> {
+        faults::start(Arc::clone(&self.drain), Box::new(TcpPageLane::new(urgent)))
+    }
+
+    /// Serves pages until nothing is missing, and tells the source.
+    pub fn run(
+        &self,
+        link: &mut Link<'_>,
+        fault_thread: JoinHandle<()>,
+        bulk: Vec<Channel>,
+        timed: &[TimedThread],
+    ) -> Result<()> {
+        self.tell("drain", "");
+        if let Err(e) = settle_timed(self.process.pid(), timed) {
+            tracing::warn!("{e}");
+        }
+        let lanes = bulk.into_iter().map(|lane| {
+            let lane = TcpPageLane::new(lane).with_pace(Arc::clone(self.drain.pace()));
+            bulk::start(Arc::clone(&self.drain), Box::new(lane))
+        });
+        let threads: Vec<_> = lanes.chain(std::iter::once(fault_thread)).collect();
+        let manifest = self.account.manifest();
+        if let Err(e) = self.fetch(link, &manifest) {
+            // In good order: an event that was read is dealt with before this process ends.
+            self.drain.end();
+            join(threads);
+            self.tell("waiting", &format!("paused since {}: {e}", now()));
+            return Err(e);
+        }
+        let drain_us = self.since.elapsed().as_micros() as u64;
+        let exited = self.process.exited();
+        finish::finish(&self.drain, &manifest, self.process, &self.account.ours())?;
+        self.drain.end();
+        join(threads);
+        let completed = Completed { figures: self.drain.figures(), drain_us, exited };
+        // Noted before anything that could take the drain up is let go.
+        self.dir.write(rundir::COMPLETED, &completed.encode_to_vec())?;
+        self.drain.release();
+        self.tell("completed", "");
+        goodbye(link, completed)
+    }
+
+    fn fetch(&self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
+        receive_present_map(link.receiver, &self.drain, manifest)?;
+        let mut reported = Instant::now();
+        while !self.drain.complete() {
+            if let Some(e) = self.drain.take_failure() {
+                return Err(e);
+            }
+            self.drain.wait_news(TICK);
+            if reported.elapsed() >= PROGRESS_INTERVAL {
+                reported = Instant::now();
+                let figures: Figures = self.drain.figures();
+                say_to_source(link.sender, DestinationMessage::Progress(figures))?;
+                if poll::readable(link.newcomers, Duration::ZERO).unwrap_or(false)
+                    && has_newcomer(link.newcomers)
+                {
+                    return Err(Error::Protocol("the source came back by another way".into()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The process runs: from here on a full disk must not end what brings its pages.
+    fn tell(&self, phase: &str, detail: &str) {
+        let status = Status {
+            id: self.id.to_owned(),
+            role: Role::Destination,
+            phase: phase.to_owned(),
+            pid: Some(self.process.pid()),
+            peer: self.peer.to_owned(),
+            figures: None,
+            detail: detail.to_owned(),
+        };
+        if let Err(e) = self.dir.write_status(&status) {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+/// Tells the source that nothing is missing any more. It ends its copy then.
+pub fn goodbye(link: &mut Link<'_>, completed: Completed) -> Result<()> {
+    say_to_source(link.sender, DestinationMessage::Completed(completed))?;
+    // Whether it says goodbye matters to nobody here.
+    let _ = hear_source(link.receiver, Some(BYE_TIMEOUT));
+    Ok(())
+}
+
+/// True when the agent has handed something over; false when it has ended, which is no reason to end.
+fn has_newcomer(newcomers: &UnixStream) -> bool {
+    let mut byte = [0u8; 1];
+    slipstream_core::sys::spawn::recv_descriptors(newcomers, &mut byte)
+        .is_ok_and(|(_, fds)| !fds.is_empty())
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    let deadline = Instant::now() + JOIN_TIMEOUT;
+    for thread in threads {
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(TICK);
+        }
+        if thread.is_finished() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Seconds since 1970, for a status.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

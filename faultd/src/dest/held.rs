@@ -1,0 +1,327 @@
+//! What of a drain outlives its session, and where: slots of the keeper (see `core::restore::keeper`).
+
+use crate::dest::journal::{Journal, Record, Unfinished};
+use crate::error::{Error, Result};
+use crate::pages::{PageTable, Pages, SpaceId, TableMemory};
+use prost::Message;
+use slipstream_core::manifest::{Manifest, Mapping};
+use slipstream_core::restore::keeper::Keeper;
+use slipstream_core::restore::memory::RING_SLOTS;
+use slipstream_core::sys::mapped::memfd;
+use slipstream_core::sys::ring;
+use slipstream_core::sys::uffd::{Event, Uffd};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+const PROCESS: u32 = 0;
+const UFFD: u32 = 1;
+const RING: u32 = 2;
+const ACCOUNT: u32 = 3;
+const JOURNAL: u32 = 4;
+const PRIVATE: u32 = 5;
+const SHARED: u32 = 6;
+/// Two for each slot of the ring: userfaultfd and page table of a child.
+const CHILDREN: u32 = 8;
+const ACCOUNT_LEN_MAX: u64 = 256 << 20;
+
+/// What a session has to know to finish what another began.
+#[derive(Clone, PartialEq, Message)]
+pub struct Account {
+    /// The address space as it was restored.
+    #[prost(message, repeated, tag = "1")]
+    pub mappings: Vec<Mapping>,
+    /// What restore left mapped, as (start, end) pairs.
+    #[prost(uint64, repeated, tag = "2")]
+    pub ours: Vec<u64>,
+}
+
+impl Account {
+    /// What has to be known about a restored process.
+    pub fn new(m: &Manifest, ours: &[Range<u64>]) -> Self {
+        let ours = ours.iter().flat_map(|r| [r.start, r.end]).collect();
+        Self { mappings: m.mappings.clone(), ours }
+    }
+
+    /// What restore left mapped.
+    pub fn ours(&self) -> Vec<Range<u64>> {
+        self.ours.chunks_exact(2).map(|r| r[0]..r[1]).collect()
+    }
+
+    /// As much of the manifest as the rest of a drain needs.
+    pub fn manifest(&self) -> Manifest {
+        Manifest { mappings: self.mappings.clone(), ..Manifest::default() }
+    }
+}
+
+/// The descriptors of a drain, all of which the keeper has too (once [`Holdings::keep`] was called).
+#[derive(Debug)]
+pub struct Holdings {
+    keeper: Arc<Keeper>,
+    ring: OwnedFd,
+    /// The journal.
+    pub journal: Journal,
+    private: File,
+    shared: File,
+    /// Which child a slot of the ring belongs to; slot 0 is the process's.
+    slots: [Option<SpaceId>; RING_SLOTS],
+}
+
+/// What taking a drain up found beside its [`Holdings`].
+#[derive(Debug)]
+pub struct Found {
+    /// The process's userfaultfd.
+    pub uffd: Uffd,
+    /// The process, held so that its number stays its own.
+    pub process: OwnedFd,
+    /// What the session before noted.
+    pub account: Account,
+}
+
+fn table_file(len: u64) -> Result<File> {
+    // Room for the rounding of `TableMemory`.
+    Ok(memfd(c"slipstream-pages", len.max(1).next_multiple_of(4096))?)
+}
+
+fn table(file: &File, len: u64) -> Result<TableMemory> {
+    TableMemory::file(file.as_fd(), len).map_err(|e| Error::io("map a page table", e))
+}
+
+/// A table for a space that has ended, of which only the spans matter.
+fn spare_table(pages: &Pages) -> Result<TableMemory> {
+    TableMemory::anonymous(PageTable::len_bytes(pages.layout()))
+        .map_err(|e| Error::io("reserve a page table", e))
+}
+
+impl Holdings {
+    /// Those of a new drain, with page tables of `table_len` bytes.
+    pub fn create(keeper: Arc<Keeper>, ring: OwnedFd, table_len: u64) -> Result<Self> {
+        let (private, shared) = (table_file(table_len)?, table_file(table_len)?);
+        Ok(Self { keeper, ring, journal: Journal::create()?, private, shared, slots: [None; RING_SLOTS] })
+    }
+
+    /// The two tables, for private and for shared regions.
+    pub fn tables(&self, len: u64) -> Result<[TableMemory; 2]> {
+        Ok([table(&self.private, len)?, table(&self.shared, len)?])
+    }
+
+    /// Has the keeper keep everything. From then on another session can take the drain up.
+    pub fn keep(&self, uffd: &Uffd, account: &Account) -> Result<()> {
+        let mut file = memfd(c"slipstream-account", 0)?;
+        file.write_all(&account.encode_to_vec()).map_err(|e| Error::io("write the account", e))?;
+        let keep = |slot, fd| self.keeper.hold(slot, fd);
+        keep(UFFD, uffd.as_fd())?;
+        keep(RING, self.ring.as_fd())?;
+        keep(PRIVATE, self.private.as_fd())?;
+        keep(SHARED, self.shared.as_fd())?;
+        keep(JOURNAL, self.journal.file().as_fd())?;
+        Ok(keep(ACCOUNT, file.as_fd())?)
+    }
+
+    /// Takes what an earlier session left.
+    pub fn find(keeper: Arc<Keeper>) -> Result<(Self, Found)> {
+        let take = |slot: u32| {
+            keeper.take(slot)?.ok_or_else(|| Error::Internal(format!("slot {slot} is empty")))
+        };
+        let mut encoded = Vec::new();
+        let account = File::from(take(ACCOUNT)?);
+        let len = account.metadata().map_err(|e| Error::io("stat the account", e))?.len();
+        if len > ACCOUNT_LEN_MAX {
+            return Err(Error::Internal("the account of the drain is damaged".into()));
+        }
+        encoded.resize(len as usize, 0);
+        account.read_exact_at(&mut encoded, 0).map_err(|e| Error::io("read the account", e))?;
+        let account = Account::decode(&*encoded).map_err(|e| Error::Internal(e.to_string()))?;
+        let found = Found { uffd: Uffd::from_fd(take(UFFD)?), process: take(PROCESS)?, account };
+        let holdings = Self {
+            ring: take(RING)?,
+            journal: Journal::open(File::from(take(JOURNAL)?))?,
+            private: File::from(take(PRIVATE)?),
+            shared: File::from(take(SHARED)?),
+            slots: [None; RING_SLOTS],
+            keeper,
+        };
+        Ok((holdings, found))
+    }
+
+    /// Writes what happens before it does; when the journal is full, first a shorter one that leads to
+    /// `pages`.
+    pub fn note(&mut self, pages: &Pages, records: &[Record]) -> Result<()> {
+        if self.journal.is_full() {
+            let slot_of = |id| self.slot_of(id).map(|slot| slot as u64);
+            let journal = Journal::written_anew(pages, &slot_of)?;
+            // The event being dealt with is not in the new journal: its record has to be there first.
+            journal.append(records);
+            self.keeper.hold(JOURNAL, journal.file().as_fd())?;
+            self.journal = journal;
+        } else {
+            self.journal.append(records);
+        }
+        Ok(())
+    }
+
+    fn slot_of(&self, id: SpaceId) -> Option<usize> {
+        self.slots.iter().position(|s| *s == Some(id))
+    }
+
+    /// Takes a forked child in. Ring and keeper have its userfaultfd before anything else is done: if
+    /// this process dies, the child's threads wait.
+    pub fn adopt(&mut self, pages: &mut Pages, parent: SpaceId, child: &Uffd) -> Result<SpaceId> {
+        let len = PageTable::len_bytes(pages.layout());
+        let free = (1..RING_SLOTS).find(|slot| self.slots[*slot].is_none());
+        if let Some(slot) = free {
+            self.journal.note_fork(slot as u64);
+            self.keep_child(slot, child);
+        } else {
+            tracing::warn!("more children than can be kept: this one lives as long as this session");
+        }
+        let file = table_file(len)?;
+        if let Some(slot) = free {
+            self.keeper.hold(CHILDREN + 2 * slot as u32 + 1, file.as_fd())?;
+        }
+        // The table is whole before the record says that it is.
+        let id = pages.fork(parent, table(&file, len)?);
+        let id = id.map_err(|e| Error::Internal(e.to_string()))?;
+        if let Some(slot) = free {
+            self.slots[slot] = Some(id);
+            self.note(pages, &[Record::Fork { parent, child: id, slot: slot as u64 }])?;
+        }
+        Ok(id)
+    }
+
+    fn keep_child(&self, slot: usize, child: &Uffd) {
+        if let Err(e) = ring::hold(self.ring.as_fd(), slot as u32, child.as_fd()) {
+            tracing::warn!("{e}");
+        }
+        if let Err(e) = self.keeper.hold(CHILDREN + 2 * slot as u32, child.as_fd()) {
+            tracing::warn!("{e}");
+        }
+    }
+
+    /// A space has ended: its slot is free.
+    pub fn let_go(&mut self, id: SpaceId) {
+        let Some(slot) = self.slot_of(id) else { return };
+        self.slots[slot] = None;
+        for which in [0, 1] {
+            if let Err(e) = self.keeper.drop_slot(CHILDREN + 2 * slot as u32 + which) {
+                tracing::debug!("{e}");
+            }
+        }
+    }
+
+    /// Replays the journal. Returns the userfaultfds of children, and the event that was read last if
+    /// nothing came of it.
+    pub fn replay(
+        &mut self,
+        pages: &mut Pages,
+    ) -> Result<(BTreeMap<SpaceId, Uffd>, Option<Unfinished>)> {
+        let internal = |e: crate::pages::PagesError| Error::Internal(e.to_string());
+        let mut uffds = BTreeMap::new();
+        let records = self.journal.records()?;
+        // A slot is used again: what is in it now belongs to the last child that got it.
+        let mut living = BTreeSet::new();
+        for record in &records {
+            match *record {
+                Record::Fork { child: id, .. } | Record::Space { space: id, slot: 1.. } => {
+                    living.insert(id);
+                }
+                Record::Exit { space } => {
+                    living.remove(&space);
+                }
+                _ => {}
+            }
+        }
+        for record in records {
+            match record {
+                Record::Space { space, slot: 0 } => {
+                    pages.restore_space(space, None).map_err(internal)?;
+                }
+                Record::Space { space, .. } if !living.contains(&space) => {
+                    pages.restore_space(space, Some(spare_table(pages)?)).map_err(internal)?;
+                }
+                Record::Space { space, slot } => {
+                    if let Some((uffd, memory)) = self.child(slot - 1, space, pages)? {
+                        pages.restore_space(space, Some(memory)).map_err(internal)?;
+                        uffds.insert(space, uffd);
+                    }
+                }
+                Record::Span { space, span } => {
+                    if pages.space(space).is_some() {
+                        pages.restore_span(space, span).map_err(internal)?;
+                    }
+                }
+                Record::Fork { parent, .. } if pages.space(parent).is_none() => {}
+                Record::Fork { parent, child, .. } if !living.contains(&child) => {
+                    // It has ended since, but may have children that have not.
+                    pages.fork_again(parent, child, spare_table(pages)?).map_err(internal)?;
+                }
+                Record::Fork { parent, child, slot } => {
+                    if let Some((uffd, memory)) = self.child(slot, child, pages)? {
+                        pages.fork_again(parent, child, memory).map_err(internal)?;
+                        uffds.insert(child, uffd);
+                    }
+                }
+                Record::Exit { space } => {
+                    record.apply(pages);
+                    uffds.remove(&space);
+                    self.slots.iter_mut().filter(|s| **s == Some(space)).for_each(|s| *s = None);
+                }
+                other => drop(other.apply(pages)),
+            }
+        }
+        let unfinished = self.journal.unfinished()?;
+        let fork_slot = unfinished.as_ref().and_then(|u| u.fork_slot);
+        // A session may have died before it emptied the slots of a child that had ended.
+        for slot in (1..RING_SLOTS).filter(|s| self.slots[*s].is_none()) {
+            if fork_slot != Some(slot as u64) {
+                self.keeper.drop_slot(CHILDREN + 2 * slot as u32)?;
+                self.keeper.drop_slot(CHILDREN + 2 * slot as u32 + 1)?;
+            }
+        }
+        Ok((uffds, unfinished))
+    }
+
+    /// What is kept of a child. A slot that was used again later has another's: it is taken by the last.
+    fn child(
+        &mut self,
+        slot: u64,
+        id: SpaceId,
+        pages: &Pages,
+    ) -> Result<Option<(Uffd, TableMemory)>> {
+        let index = slot as usize;
+        if !(1..RING_SLOTS).contains(&index) {
+            return Err(Error::Internal("the journal of the drain is damaged".into()));
+        }
+        let number = CHILDREN + 2 * index as u32;
+        let (Some(uffd), Some(file)) = (self.keeper.take(number)?, self.keeper.take(number + 1)?)
+        else {
+            return Ok(None);
+        };
+        self.slots[index] = Some(id);
+        let memory = table(&File::from(file), PageTable::len_bytes(pages.layout()))?;
+        Ok(Some((Uffd::from_fd(uffd), memory)))
+    }
+
+    /// The userfaultfd of a child whose fork was read but not dealt with.
+    pub fn unfinished_child(&self, unfinished: &Unfinished) -> Result<Option<Uffd>> {
+        let Event::Fork { .. } = unfinished.event else { return Ok(None) };
+        let Some(slot) = unfinished.fork_slot.filter(|s| (1..RING_SLOTS as u64).contains(s)) else {
+            return Ok(None);
+        };
+        Ok(self.keeper.take(CHILDREN + 2 * slot as u32)?.map(Uffd::from_fd))
+    }
+
+    /// Nothing of the drain is needed any more.
+    pub fn release(&self) {
+        let children = (1..RING_SLOTS as u32).flat_map(|s| [CHILDREN + 2 * s, CHILDREN + 2 * s + 1]);
+        for slot in [UFFD, RING, ACCOUNT, JOURNAL, PRIVATE, SHARED].into_iter().chain(children) {
+            if self.keeper.drop_slot(slot).is_err() {
+                return; // Init has gone, and all with it.
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! `slipstream recover` at the destination: the source comes back by itself, so all that may be missing
+//! is an agent that lets it in.
+
+use crate::agent::{self, AgentConfig};
+use crate::error::{Error, Result};
+use crate::events::{self, Event, Progress, Role};
+use crate::protocol::Completed;
+use crate::rundir;
+use prost::Message;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Follows a drain to its end; serves as the agent where none does.
+pub fn recover(
+    run_dir: &Path,
+    id: &str,
+    exe: PathBuf,
+    sink: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let started = Instant::now();
+    let mut agent = None;
+    if let Some((listen, key)) = rundir::dead_agent(run_dir)? {
+        let config = AgentConfig { listen, key, run_dir: run_dir.to_owned(), exe };
+        agent = Some(std::thread::spawn(move || agent::run(&config, &mut |_| {})));
+    }
+    sink(Event::Progress(Progress {
+        phase: "waiting".into(),
+        figures: events::Figures::default(),
+        eta_s: None,
+    }));
+    loop {
+        if let Some(thread) = agent.take_if(|thread| thread.is_finished()) {
+            return match thread.join() {
+                Ok(Err(e)) => Err(e),
+                _ => Err(Error::Internal("the agent ended".into())),
+            };
+        }
+        let status =
+            rundir::list(run_dir)?.into_iter().find(|s| s.id == id && s.role == Role::Destination);
+        let Some(status) = status else {
+            return Err(Error::Refused {
+                reason: format!("migration {id} has left nothing here"),
+                remedy: "look at its source: `slipstream status`".into(),
+            });
+        };
+        let over = rundir::completed(run_dir, id);
+        if over.is_some() || status.phase == "exited" {
+            let exited = status.phase == "exited";
+            let done = over.and_then(|bytes| Completed::decode(&*bytes).ok()).unwrap_or_default();
+            sink(Event::Completed(events::Completed {
+                figures: crate::source::figures::figures(
+                    &done.figures,
+                    &crate::protocol::Figures::default(),
+                    done.drain_us,
+                ),
+                total_us: started.elapsed().as_micros() as u64,
+                drain_us: done.drain_us,
+                transport: "tcp".into(),
+                exited,
+            }));
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}

@@ -1,0 +1,130 @@
+//! A destination session that goes on where another one ended.
+//!
+//! The source has come back and named its migration by the route. What has been decided stands in the
+//! gate; where nothing was, it is decided now: NEVER. What of the drain is left is with the keeper.
+
+use crate::agent::SessionArgs;
+use crate::control::{hear_source, say_to_source, unexpected};
+use crate::dest::course::{Course, Link, goodbye};
+use crate::dest::drain::Drain;
+use crate::dest::held::Holdings;
+use crate::dest::session::Lanes;
+use crate::error::{Error, Result};
+use crate::events::Role;
+use crate::protocol::{Completed, DestinationMessage, Outcome, SourceMessage};
+use crate::rundir::{self, MigrationDir};
+use prost::Message;
+use slipstream_core::restore::keeper::Keeper;
+use slipstream_core::restore::scratch::{Gate, gate};
+use slipstream_core::sys::pidfd::PidFd;
+use slipstream_transport::{Receiver, Sender};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// For the source to say what it wants.
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+/// For a session that was killed to be gone.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+const BULK_LANES_MAX: u32 = 4;
+/// A source that has not asked by then has been told, or has ended.
+const NEVER_KEPT: Duration = Duration::from_secs(24 * 3600);
+
+/// Takes the migration `id` up for a source that has come back on this control connection.
+pub fn run(
+    args: &SessionArgs,
+    id: &str,
+    sender: &mut Sender,
+    receiver: &mut Receiver,
+    lanes: &Lanes<'_>,
+    peer: &str,
+) -> Result<()> {
+    let rejoin = match hear_source(receiver, Some(STEP_TIMEOUT))? {
+        SourceMessage::Rejoin(rejoin) if rejoin.id == id => rejoin,
+        _ => return unexpected("the name of the migration"),
+    };
+    // It holds the key and knows the route: whoever works here has a connection that is no more.
+    rundir::end_destination_session(&args.run_dir, id);
+    let dir = MigrationDir::open(&args.run_dir, Role::Destination, id, LOCK_TIMEOUT)?;
+    let gate = Gate::open(&dir.file("gate"))?;
+    let init = dir.read(rundir::INIT)?.and_then(|name| String::from_utf8(name).ok());
+    let init = init.as_deref().and_then(rundir::named_process);
+    if gate.decide(gate::NEVER) != gate::RUN {
+        if let Some(init) = init {
+            PidFd::open(init)?.kill(libc::SIGKILL)?;
+        }
+        let never = Outcome { run: false, host_pid: 0, completed: None };
+        say_to_source(sender, DestinationMessage::Outcome(never))?;
+        // Until the source knows, the folder is the record of the decision.
+        if let Ok(SourceMessage::Bye(_)) = hear_source(receiver, Some(STEP_TIMEOUT)) {
+            dir.remove();
+        }
+        return Ok(());
+    }
+    let mut link = Link { sender, receiver, newcomers: lanes.socket };
+    let over = dir.read(rundir::COMPLETED)?.and_then(|bytes| Completed::decode(&*bytes).ok());
+    let ended = Completed { exited: true, ..Completed::default() };
+    let held = match (over, init) {
+        (Some(completed), _) => return tell_over(&mut link, completed),
+        // It ended by itself, or was killed: nobody misses its pages.
+        (None, None) => return tell_over(&mut link, ended),
+        (None, Some(init)) => find(init),
+    };
+    let Some((holdings, found)) = held? else { return tell_over(&mut link, ended) };
+    let process = PidFd::adopt(found.process)?;
+    let manifest = found.account.manifest();
+    let drain = Arc::new(Drain::take_up(&manifest, found.uffd, process.pid(), holdings)?);
+    let outcome = Outcome { run: true, host_pid: process.pid(), completed: None };
+    say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
+    let (urgent, bulk) =
+        lanes.accept(rejoin.bulk_lanes.clamp(1, BULK_LANES_MAX), link.receiver)?;
+    let (account, since) = (found.account, Instant::now());
+    let course = Course { id, peer, dir: &dir, drain, account, process: &process, since };
+    let fault_thread = course.start_faults(urgent)?;
+    course.run(&mut link, fault_thread, bulk, &[])
+}
+
+fn tell_over(link: &mut Link<'_>, completed: Completed) -> Result<()> {
+    let outcome = Outcome { run: true, host_pid: 0, completed: Some(completed) };
+    say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
+    goodbye(link, completed)
+}
+
+/// What the keeper has; `None` when the process has ended meanwhile.
+fn find(init: i32) -> Result<Option<(Holdings, crate::dest::held::Found)>> {
+    let gone = |e: &slipstream_core::Error| matches!(e, slipstream_core::Error::Gone { .. });
+    let keeper = match PidFd::open(init).and_then(Keeper::find) {
+        Ok(keeper) => Arc::new(keeper),
+        Err(e) if gone(&e) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    match Holdings::find(Arc::clone(&keeper)) {
+        Ok(both) => Ok(Some(both)),
+        Err(_) if keeper.init().exited() => Ok(None),
+        Err(Error::Core(e)) if gone(&e) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Settles what sessions that were killed before the decision have left: the copy here never runs. The
+/// folder stays as the record of that, for the source may ask; for a day.
+pub fn clean_up(run_dir: &Path) {
+    for id in rundir::destinations(run_dir) {
+        let Ok(dir) = MigrationDir::open(run_dir, Role::Destination, &id, Duration::ZERO) else {
+            continue; // A session is at work there.
+        };
+        let Ok(gate) = Gate::open(&dir.file("gate")) else { continue };
+        if gate.decide(gate::NEVER) != gate::NEVER {
+            continue;
+        }
+        let name = dir.read(rundir::INIT).ok().flatten().and_then(|n| String::from_utf8(n).ok());
+        if let Some(init) = name.as_deref().and_then(rundir::named_process)
+            && let Ok(init) = PidFd::open(init)
+        {
+            let _ = init.kill(libc::SIGKILL);
+        }
+        if dir.age().is_some_and(|age| age > NEVER_KEPT) {
+            dir.remove();
+        }
+    }
+}

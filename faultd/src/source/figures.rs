@@ -1,0 +1,31 @@
+//! Figures of a drain, as whoever watches is told them.
+
+use crate::events::{self, per_second};
+use crate::protocol::Figures;
+use std::time::Instant;
+
+/// Figures as they are told, with rates since `before`.
+pub fn figures(now: &Figures, before: &Figures, elapsed_us: u64) -> events::Figures {
+    let bytes = now.bytes.saturating_sub(before.bytes);
+    let faults = now.faults.saturating_sub(before.faults);
+    events::Figures {
+        pages_present: now.pages_present,
+        pages_total: now.pages_total,
+        bytes: now.bytes,
+        faults: now.faults,
+        fault_us_p50: now.fault_us_p50,
+        fault_us_p99: now.fault_us_p99,
+        mb_per_s: per_second(bytes as f64 / 1e6, elapsed_us),
+        faults_per_s: per_second(faults as f64, elapsed_us),
+    }
+}
+
+/// A report of the drain, with the time that is left.
+pub fn progress(now: &Figures, since: Instant, before: &Figures) -> events::Progress {
+    let elapsed_us = since.elapsed().as_micros() as u64;
+    let figures = figures(now, before, elapsed_us);
+    let left = now.pages_total.saturating_sub(now.pages_present) as f64;
+    let came = now.pages_present.saturating_sub(before.pages_present) as f64;
+    let eta_s = (came > 0.0).then(|| left / came * elapsed_us as f64 / 1e6);
+    events::Progress { phase: "drain".into(), figures, eta_s }
+}
