@@ -188,11 +188,11 @@ fn start_session(command: &mut Command, committed: Option<String>) -> Result<Mig
     })
 }
 
+/// Takes a migration of a run directory up, and says what happens.
+type Recover = fn(&Path, &str, &mut dyn FnMut(Event)) -> slipstream_faultd::Result<()>;
+
 /// A session that goes on with a migration that has committed: from then on nothing interrupts it.
-fn run_recovery(
-    args: &[OsString],
-    recover: fn(&Path, &str, &mut dyn FnMut(Event)) -> slipstream_faultd::Result<()>,
-) -> Result<u8> {
+fn run_recovery(args: &[OsString], recover: Recover) -> Result<u8> {
     let [_, run_dir, id] = args else { return Err(malformed()) };
     let id = id.to_str().filter(|id| rundir::is_id(id)).ok_or_else(malformed)?;
     let _ = nix::unistd::setsid();
@@ -202,7 +202,12 @@ fn run_recovery(
     match recover(Path::new(run_dir), id, &mut |event| out.send(&event)) {
         // It has been told already.
         Ok(()) | Err(slipstream_faultd::Error::Lost) => {}
-        Err(e) => out.send(&Event::Failed(Failed { outcome: Outcome::Waiting, ..refused("recover", &e) })),
+        Err(e) => {
+            out.send(&Event::Failed(Failed {
+                outcome: Outcome::Waiting,
+                ..refused("recover", &e)
+            }));
+        }
     }
     out.finish();
     Ok(0)

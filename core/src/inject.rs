@@ -74,7 +74,8 @@ impl SourceScratch {
     /// The scratch memory that an earlier session mapped in a process, which has to be there still.
     pub fn find(pid: pid_t, range: std::ops::Range<u64>) -> Result<Self> {
         let mem = ProcMem::open(pid)?;
-        if range.end < range.start + CODE_LEN + LEADER_SLOT_LEN || !holds_runner(&mem, range.start) {
+        if range.end < range.start + CODE_LEN + LEADER_SLOT_LEN || !holds_runner(&mem, range.start)
+        {
             return Err(Error::Refused(format!(
                 "process {pid} is not the copy that a migration left here"
             )));

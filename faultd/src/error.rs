@@ -47,6 +47,9 @@ pub enum Error {
     /// A fault point was reached.
     #[error("failing at {0} as asked")]
     FailPoint(&'static str),
+    /// The page service refused something that should have been checked before.
+    #[error("internal error: {0}")]
+    Pages(#[from] crate::pages::PagesError),
     /// Our own mistake.
     #[error("internal error: {0}")]
     Internal(String),

@@ -6,6 +6,8 @@
 
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, DirBuilder};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -24,7 +26,7 @@ fn prefix(side: Role) -> &'static str {
 pub struct MigrationDir {
     path: PathBuf,
     /// Locked for as long as a session works here.
-    _lock: fs::File,
+    _lock: Flock<fs::File>,
 }
 
 /// A migration's name: twelve hexadecimal digits.
@@ -75,7 +77,7 @@ impl MigrationDir {
         let lock = take_lock(&path.join(LOCK), Duration::ZERO);
         let lock = lock.inspect_err(|_| drop(fs::remove_dir_all(&path)))?;
         let dir = Self { path, _lock: lock };
-        match dir.write(SESSION, std::process::id().to_string().as_bytes()) {
+        match dir.note_session() {
             Ok(()) => Ok(dir),
             Err(e) => {
                 dir.remove();
@@ -95,9 +97,12 @@ impl MigrationDir {
             });
         }
         let lock = take_lock(&path.join(LOCK), patience)?;
-        let dir = Self { path, _lock: lock };
-        dir.write(SESSION, std::process::id().to_string().as_bytes())?;
-        Ok(dir)
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Notes that this process is the session at work here: whoever comes after it may have to end it.
+    pub fn note_session(&self) -> Result<()> {
+        self.write(SESSION, std::process::id().to_string().as_bytes())
     }
 
     /// Reads a file of it; `None` when there is none.
@@ -161,9 +166,9 @@ pub const INIT: &str = "init";
 pub const COMPLETED: &str = "completed";
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
-fn take_lock(path: &Path, patience: Duration) -> Result<fs::File> {
+fn take_lock(path: &Path, patience: Duration) -> Result<Flock<fs::File>> {
     let io = |e| Error::io(format!("lock {}", path.display()), e);
-    let file = fs::OpenOptions::new()
+    let mut file = fs::OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
@@ -172,19 +177,18 @@ fn take_lock(path: &Path, patience: Duration) -> Result<fs::File> {
         .map_err(io)?;
     let deadline = Instant::now() + patience;
     loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_INTERVAL);
-            }
-            Err(fs::TryLockError::WouldBlock) => {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, Errno::EAGAIN)) if Instant::now() >= deadline => {
                 return Err(Error::Refused {
                     reason: "a session is at work on this migration".into(),
                     remedy: "`slipstream status` shows how far it is".into(),
                 });
             }
-            Err(fs::TryLockError::Error(e)) => return Err(io(e)),
+            Err((again, Errno::EAGAIN | Errno::EINTR)) => file = again,
+            Err((_, e)) => return Err(io(e.into())),
         }
+        std::thread::sleep(LOCK_INTERVAL);
     }
 }
 
@@ -192,7 +196,7 @@ fn take_lock(path: &Path, patience: Duration) -> Result<fs::File> {
 const AGENT: &str = "agent";
 
 /// Notes that an agent serves here. Several may; the last is the one that `recover` would replace.
-pub fn note_agent(run_dir: &Path, address: &str, key: &Path) -> Result<fs::File> {
+pub fn note_agent(run_dir: &Path, address: &str, key: &Path) -> Result<Flock<fs::File>> {
     let path = run_dir.join(AGENT);
     let io = |e| Error::io(format!("write {}", path.display()), e);
     let mut file = fs::OpenOptions::new()
@@ -203,8 +207,8 @@ pub fn note_agent(run_dir: &Path, address: &str, key: &Path) -> Result<fs::File>
         .open(&path)
         .map_err(io)?;
     file.write_all(format!("{address}\n{}\n", key.display()).as_bytes()).map_err(io)?;
-    file.try_lock_shared().map_err(|e| Error::io("lock the agent's file", e.into()))?;
-    Ok(file)
+    Flock::lock(file, FlockArg::LockSharedNonblock)
+        .map_err(|(_, e)| Error::io("lock the agent's file", e.into()))
 }
 
 /// Where the last agent listened and which key it had; `None` while an agent serves here.
@@ -215,10 +219,11 @@ pub fn dead_agent(run_dir: &Path) -> Result<Option<(String, PathBuf)>> {
         remedy: "start `slipstream agent` with this run directory".into(),
     };
     let file = fs::File::open(&path).map_err(|_| refused())?;
-    match file.try_lock() {
-        Err(fs::TryLockError::WouldBlock) => return Ok(None),
-        Err(fs::TryLockError::Error(e)) => return Err(Error::io("lock the agent's file", e)),
-        Ok(()) => {}
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Err((_, Errno::EAGAIN)) => return Ok(None),
+        Err((_, e)) => return Err(Error::io("lock the agent's file", e.into())),
+        // An agent that starts right now takes its own.
+        Ok(lock) => drop(lock),
     }
     let text = fs::read_to_string(&path).map_err(|_| refused())?;
     let (address, key) = text.trim_end().split_once('\n').ok_or_else(refused)?;

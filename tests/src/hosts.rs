@@ -142,12 +142,20 @@ impl Hosts {
 
     /// Starts an agent with more arguments or environment, and waits until it listens.
     pub fn agent_with(&self, adjust: impl FnOnce(&mut Command)) -> Agent {
+        let address = self.host(Side::Destination).address;
+        self.start_agent(&format!("{address}:0"), adjust)
+    }
+
+    /// Starts an agent where an earlier one listened.
+    pub fn agent_at(&self, address: SocketAddr) -> Agent {
+        self.start_agent(&address.to_string(), |_| {})
+    }
+
+    fn start_agent(&self, listen: &str, adjust: impl FnOnce(&mut Command)) -> Agent {
         let host = self.host(Side::Destination);
         let log = self.path().join(self.unique("agent") + ".log");
         let mut command = host.command(build::slipstream());
-        command
-            .args(["agent", "--listen", &format!("{}:0", host.address), "--key"])
-            .arg(self.key());
+        command.args(["agent", "--listen", listen, "--key"]).arg(self.key());
         command
             .arg("--run-dir")
             .arg(self.run_dir(Side::Destination))

@@ -107,6 +107,11 @@ impl Namespace {
             .collect()
     }
 
+    /// Pulls the cable to the other host, or plugs it in again.
+    pub fn set_link(&self, up: bool) {
+        self.ip(&["link", "set", "veth0", if up { "up" } else { "down" }]);
+    }
+
     fn ip(&self, arguments: &[&str]) {
         let output =
             self.command("ip").args(arguments).output().expect("running ip (package iproute2)");

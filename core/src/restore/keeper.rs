@@ -26,8 +26,9 @@ const OWN: RawFd = 41;
 const SLOTS: RawFd = 64;
 /// Number of slots.
 pub const SLOTS_MAX: u32 = 512;
-/// Length of a request: what to do, and the slot.
-const REQUEST_LEN: usize = 5;
+/// Length of a request: what to do, the slot, and a number.
+const REQUEST_LEN: usize = 9;
+const FETCH: u8 = b'f';
 const HOLD: u8 = b'h';
 const DROP: u8 = b'd';
 const SYNC: u8 = b's';
@@ -71,12 +72,19 @@ impl Keeper {
     /// Puts a descriptor into a slot, in place of what is there. One system call: it is held when this
     /// returns, also if this process dies then.
     pub fn hold(&self, slot: u32, fd: BorrowedFd<'_>) -> Result<()> {
-        self.ask(HOLD, slot, &[fd])
+        self.ask(HOLD, slot, 0, &[fd])
+    }
+
+    /// The same for a descriptor that no message may carry, as that of an `io_uring` (Linux 6.7): init
+    /// fetches it from this process. It is held after the next [`Keeper::sync`].
+    pub fn hold_fetched(&self, slot: u32, fd: BorrowedFd<'_>) -> Result<()> {
+        let own = PidFd::open(std::process::id() as i32)?;
+        self.ask(FETCH, slot, fd.as_raw_fd() as u32, &[own.as_fd()])
     }
 
     /// Empties a slot.
     pub fn drop_slot(&self, slot: u32) -> Result<()> {
-        self.ask(DROP, slot, &[])
+        self.ask(DROP, slot, 0, &[])
     }
 
     /// Takes a copy of what is in a slot; `None` when it is empty. All requests before the last
@@ -91,7 +99,7 @@ impl Keeper {
 
     /// Waits until init has done all it was asked for.
     pub fn sync(&self) -> Result<()> {
-        self.ask(SYNC, 0, &[])?;
+        self.ask(SYNC, 0, 0, &[])?;
         let answered = poll::readable(&self.port, SYNC_TIMEOUT)
             .map_err(|e| Error::io("poll the keeper's socket", e))?;
         if !answered {
@@ -103,9 +111,10 @@ impl Keeper {
             .map_err(|e| Error::sys("hear from the keeper", e))
     }
 
-    fn ask(&self, what: u8, slot: u32, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let mut request = [what, 0, 0, 0, 0];
-        request[1..].copy_from_slice(&slot.to_le_bytes());
+    fn ask(&self, what: u8, slot: u32, number: u32, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let mut request = [what; REQUEST_LEN];
+        request[1..5].copy_from_slice(&slot.to_le_bytes());
+        request[5..].copy_from_slice(&number.to_le_bytes());
         send_descriptors(&self.port, &request, fds)
             .map_err(|e| Error::sys("hand a descriptor to init of the moved process", e))
     }
@@ -139,14 +148,21 @@ impl Held {
     pub fn serve(&self) {
         while poll::readable(&self.own, Duration::ZERO).unwrap_or(false) {
             let mut request = [0u8; REQUEST_LEN];
-            let Ok((REQUEST_LEN, fds)) = recv_descriptors(&self.own, &mut request) else { return };
-            let slot = u32::from_le_bytes([request[1], request[2], request[3], request[4]]);
+            let Ok((REQUEST_LEN, mut fds)) = recv_descriptors(&self.own, &mut request) else {
+                return;
+            };
+            let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i: usize| request[at + i]));
+            let (slot, theirs) = (word(1), word(5));
             if slot >= SLOTS_MAX {
                 continue;
             }
             let number = SLOTS + slot as RawFd;
-            match (request[0], fds.first()) {
+            match (request[0], fds.pop()) {
                 (HOLD, Some(fd)) => drop(place(fd.as_fd(), number)),
+                (FETCH, Some(session)) => {
+                    let fetched = PidFd::adopt_unnamed(session).get_fd(theirs as RawFd);
+                    drop(fetched.and_then(|fd| place(fd.as_fd(), number)));
+                }
                 (DROP, _) => {
                     // SAFETY: integers only; numbers of slots belong to no Rust value.
                     unsafe { libc::close(number) };

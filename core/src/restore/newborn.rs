@@ -16,8 +16,8 @@ use crate::sys::spawn::{
 use libc::pid_t;
 use nix::errno::Errno;
 use nix::mount::MsFlags;
-use nix::sched::CloneFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};

@@ -42,6 +42,12 @@ impl PidFd {
         Ok(Self { pid, fd })
     }
 
+    /// Takes a descriptor that names a process which this PID namespace may not see; its number is
+    /// then zero here.
+    pub fn adopt_unnamed(fd: OwnedFd) -> Self {
+        Self { pid: 0, fd }
+    }
+
     /// The process number.
     pub fn pid(&self) -> pid_t {
         self.pid

@@ -5,7 +5,7 @@ use crate::dest::journal::{Record, Unfinished};
 use crate::dest::shared_memory::{Sleepers, mapped_until};
 use crate::error::{Error, Result};
 use crate::pages::{
-    Layout, PageTable, Pages, PagesError, Piece, PieceKind, Region, RunClaim, SpaceId, Unregister,
+    Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SpaceId, Unregister,
 };
 use crate::protocol::{Figures, PresentRun};
 use hdrhistogram::Histogram;
@@ -92,7 +92,7 @@ impl Drain {
     /// The drain of a restored process. Pages that came with the manifest are there already.
     pub fn new(m: &Manifest, mapped: Mapped, pid: i32, keeper: Arc<Keeper>) -> Result<Self> {
         let (regions, aliases) = regions(m);
-        let layout = Layout::new(regions).map_err(internal)?;
+        let layout = Layout::new(regions)?;
         let holdings = Holdings::create(keeper, mapped.ring, PageTable::len_bytes(&layout))?;
         let drain = Self::build(layout, aliases, mapped.uffd, pid, holdings)?;
         drain.shared(|state| {
@@ -106,7 +106,7 @@ impl Drain {
     /// Takes up the drain of a session that has ended.
     pub fn take_up(m: &Manifest, uffd: Uffd, pid: i32, holdings: Holdings) -> Result<Self> {
         let (regions, aliases) = regions(m);
-        let layout = Layout::new(regions).map_err(internal)?;
+        let layout = Layout::new(regions)?;
         let drain = Self::build(layout, aliases, uffd, pid, holdings)?;
         drain.exclusive(|state| -> Result<()> {
             let (children, unfinished) = state.held.replay(&mut state.pages)?;
@@ -134,9 +134,9 @@ impl Drain {
     ) -> Result<Self> {
         let has_shared = layout.regions().any(|r| r.shared);
         let [private, shared] = held.tables(PageTable::len_bytes(&layout))?;
-        let mut pages = Pages::new(layout, private, shared).map_err(internal)?;
+        let mut pages = Pages::new(layout, private, shared)?;
         for (current, source, len) in aliases {
-            pages.track_alias(current, source, len).map_err(internal)?;
+            pages.track_alias(current, source, len)?;
         }
         let fault_us = Histogram::new_with_bounds(1, FAULT_US_MAX, 2)
             .map_err(|e| Error::Internal(e.to_string()))?;
@@ -224,9 +224,7 @@ impl Drain {
             .map_err(|e| Error::io("read userfaultfd", e))?;
         match event {
             None => Ok(Happened::Nothing),
-            Some(Event::Fault { address, tid }) => {
-                Ok(Happened::Fault { address, tid: tid as i32 })
-            }
+            Some(Event::Fault { address, tid }) => Ok(Happened::Fault { address, tid: tid as i32 }),
             Some(event) => {
                 state.unsettled.insert(id);
                 self.deal_with(state, id, event, &removing)
@@ -459,10 +457,6 @@ impl Drain {
     pub fn take_failure(&self) -> Option<Error> {
         lock(&self.failure).take()
     }
-}
-
-fn internal(e: PagesError) -> Error {
-    Error::Internal(e.to_string())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

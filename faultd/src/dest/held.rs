@@ -101,7 +101,14 @@ impl Holdings {
     /// Those of a new drain, with page tables of `table_len` bytes.
     pub fn create(keeper: Arc<Keeper>, ring: OwnedFd, table_len: u64) -> Result<Self> {
         let (private, shared) = (table_file(table_len)?, table_file(table_len)?);
-        Ok(Self { keeper, ring, journal: Journal::create()?, private, shared, slots: [None; RING_SLOTS] })
+        Ok(Self {
+            keeper,
+            ring,
+            journal: Journal::create()?,
+            private,
+            shared,
+            slots: [None; RING_SLOTS],
+        })
     }
 
     /// The two tables, for private and for shared regions.
@@ -115,11 +122,12 @@ impl Holdings {
         file.write_all(&account.encode_to_vec()).map_err(|e| Error::io("write the account", e))?;
         let keep = |slot, fd| self.keeper.hold(slot, fd);
         keep(UFFD, uffd.as_fd())?;
-        keep(RING, self.ring.as_fd())?;
+        self.keeper.hold_fetched(RING, self.ring.as_fd())?;
         keep(PRIVATE, self.private.as_fd())?;
         keep(SHARED, self.shared.as_fd())?;
         keep(JOURNAL, self.journal.file().as_fd())?;
-        Ok(keep(ACCOUNT, file.as_fd())?)
+        keep(ACCOUNT, file.as_fd())?;
+        Ok(self.keeper.sync()?)
     }
 
     /// Takes what an earlier session left.
@@ -177,15 +185,16 @@ impl Holdings {
             self.journal.note_fork(slot as u64);
             self.keep_child(slot, child);
         } else {
-            tracing::warn!("more children than can be kept: this one lives as long as this session");
+            tracing::warn!(
+                "more children than can be kept: this one lives as long as this session"
+            );
         }
         let file = table_file(len)?;
         if let Some(slot) = free {
             self.keeper.hold(CHILDREN + 2 * slot as u32 + 1, file.as_fd())?;
         }
         // The table is whole before the record says that it is.
-        let id = pages.fork(parent, table(&file, len)?);
-        let id = id.map_err(|e| Error::Internal(e.to_string()))?;
+        let id = pages.fork(parent, table(&file, len)?)?;
         if let Some(slot) = free {
             self.slots[slot] = Some(id);
             self.note(pages, &[Record::Fork { parent, child: id, slot: slot as u64 }])?;
@@ -219,7 +228,6 @@ impl Holdings {
         &mut self,
         pages: &mut Pages,
     ) -> Result<(BTreeMap<SpaceId, Uffd>, Option<Unfinished>)> {
-        let internal = |e: crate::pages::PagesError| Error::Internal(e.to_string());
         let mut uffds = BTreeMap::new();
         let records = self.journal.records()?;
         // A slot is used again: what is in it now belongs to the last child that got it.
@@ -238,30 +246,30 @@ impl Holdings {
         for record in records {
             match record {
                 Record::Space { space, slot: 0 } => {
-                    pages.restore_space(space, None).map_err(internal)?;
+                    pages.restore_space(space, None)?;
                 }
                 Record::Space { space, .. } if !living.contains(&space) => {
-                    pages.restore_space(space, Some(spare_table(pages)?)).map_err(internal)?;
+                    pages.restore_space(space, Some(spare_table(pages)?))?;
                 }
                 Record::Space { space, slot } => {
                     if let Some((uffd, memory)) = self.child(slot - 1, space, pages)? {
-                        pages.restore_space(space, Some(memory)).map_err(internal)?;
+                        pages.restore_space(space, Some(memory))?;
                         uffds.insert(space, uffd);
                     }
                 }
                 Record::Span { space, span } => {
                     if pages.space(space).is_some() {
-                        pages.restore_span(space, span).map_err(internal)?;
+                        pages.restore_span(space, span)?;
                     }
                 }
                 Record::Fork { parent, .. } if pages.space(parent).is_none() => {}
                 Record::Fork { parent, child, .. } if !living.contains(&child) => {
                     // It has ended since, but may have children that have not.
-                    pages.fork_again(parent, child, spare_table(pages)?).map_err(internal)?;
+                    pages.fork_again(parent, child, spare_table(pages)?)?;
                 }
                 Record::Fork { parent, child, slot } => {
                     if let Some((uffd, memory)) = self.child(slot, child, pages)? {
-                        pages.fork_again(parent, child, memory).map_err(internal)?;
+                        pages.fork_again(parent, child, memory)?;
                         uffds.insert(child, uffd);
                     }
                 }
@@ -317,7 +325,8 @@ impl Holdings {
 
     /// Nothing of the drain is needed any more.
     pub fn release(&self) {
-        let children = (1..RING_SLOTS as u32).flat_map(|s| [CHILDREN + 2 * s, CHILDREN + 2 * s + 1]);
+        let children =
+            (1..RING_SLOTS as u32).flat_map(|s| [CHILDREN + 2 * s, CHILDREN + 2 * s + 1]);
         for slot in [UFFD, RING, ACCOUNT, JOURNAL, PRIVATE, SHARED].into_iter().chain(children) {
             if self.keeper.drop_slot(slot).is_err() {
                 return; // Init has gone, and all with it.

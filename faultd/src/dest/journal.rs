@@ -11,7 +11,7 @@
 //! now; the keeper exchanges the old one for the new in one step.
 
 use crate::error::{Error, Result};
-use crate::pages::{Pages, SharedRemove, SpaceId, Span};
+use crate::pages::{Pages, SharedRemove, Space, SpaceId, Span};
 use slipstream_core::sys::mapped::{Shared, memfd};
 use slipstream_core::sys::uffd::{self, Event, MESSAGE_LEN, Uffd};
 use std::fs::File;
@@ -121,9 +121,7 @@ impl Record {
             Self::Unmap { space, start, end } => [tag(2, space), start, end, 0, 0],
             Self::Remap { space, from, to, len } => [tag(3, space), from, to, len, 0],
             Self::Alias { space, from, to, len } => [tag(4, space), from, to, len, 0],
-            Self::Fork { parent, child, slot } => {
-                [tag(5, parent), u64::from(child.0), slot, 0, 0]
-            }
+            Self::Fork { parent, child, slot } => [tag(5, parent), u64::from(child.0), slot, 0, 0],
             Self::Exit { space } => [tag(6, space), 0, 0, 0, 0],
             Self::Space { space, slot } => [tag(7, space), slot, 0, 0, 0],
             Self::Span { space, span } => {
@@ -315,10 +313,7 @@ impl Journal {
 
     /// A journal that leads to the same, with as few records as that takes. `slot_of` says what keeps
     /// a child. Not while an event is unfinished.
-    pub fn written_anew(
-        pages: &Pages,
-        slot_of: &dyn Fn(SpaceId) -> Option<u64>,
-    ) -> Result<Self> {
+    pub fn written_anew(pages: &Pages, slot_of: &dyn Fn(SpaceId) -> Option<u64>) -> Result<Self> {
         let mut records = Vec::new();
         for id in pages.spaces() {
             let slot = match slot_of(id) {
@@ -328,7 +323,7 @@ impl Journal {
                 None => continue,
             };
             records.push(Record::Space { space: id, slot });
-            let spans = pages.space(id).into_iter().flat_map(|space| space.spans());
+            let spans = pages.space(id).into_iter().flat_map(Space::spans);
             records.extend(spans.map(|span| Record::Span { space: id, span }));
         }
         let journal = Self::with_room(RECORDS_MIN.max(records.len() * 2))?;
@@ -354,8 +349,7 @@ mod tests {
             forks: true,
         };
         let layout = Layout::new(vec![region]).unwrap();
-        let table =
-            || TableMemory::anonymous(PageTable::len_bytes(&layout)).unwrap();
+        let table = || TableMemory::anonymous(PageTable::len_bytes(&layout)).unwrap();
         let (private, shared) = (table(), table());
         Pages::new(layout, private, shared).unwrap()
     }

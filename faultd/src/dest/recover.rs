@@ -13,12 +13,7 @@ use std::time::{Duration, Instant};
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Follows a drain to its end; serves as the agent where none does.
-pub fn recover(
-    run_dir: &Path,
-    id: &str,
-    exe: PathBuf,
-    sink: &mut dyn FnMut(Event),
-) -> Result<()> {
+pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Event)) -> Result<()> {
     let started = Instant::now();
     let mut agent = None;
     if let Some((listen, key)) = rundir::dead_agent(run_dir)? {

@@ -62,7 +62,8 @@ pub fn run(args: &SessionArgs) -> Result<()> {
         let from = Lanes { socket: &lanes, key: &key, route: args.route };
         return take_over::run(args, id, &mut sender, &mut receiver, &from, &peer);
     }
-    let mut session = Session { args, key, lanes, sender, receiver, peer, vdso: None, said_ready: false };
+    let mut session =
+        Session { args, key, lanes, sender, receiver, peer, vdso: None, said_ready: false };
     let result = session.run();
     if let Err(e) = &result {
         let reason = Reason { reason: e.to_string(), remedy: e.remedy().to_owned() };
@@ -170,27 +171,25 @@ impl Session<'_> {
 
     fn prepare(&mut self, hello: &Hello) -> Result<Prepared> {
         let bulk_lanes = hello.bulk_lanes.clamp(1, BULK_LANES_MAX);
-        let lanes =
-            Lanes { socket: &self.lanes, key: &self.key, route: self.args.route };
+        let lanes = Lanes { socket: &self.lanes, key: &self.key, route: self.args.route };
         let (urgent, bulk) = lanes.accept(bulk_lanes, &mut self.receiver)?;
         failpoints::pass("destination-lanes")?;
         let offsets = self.clock_offsets(hello)?;
         let dir = MigrationDir::create(&self.args.run_dir, Role::Destination, &hello.id)?;
-        let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone())
-            .and_then(|(gate, restorer)| {
+        let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone()).and_then(
+            |(gate, restorer)| {
                 // By these a later session finds what this one leaves.
                 let init = restorer.newborn().keeper.init().pid();
                 let named = rundir::full_name(init)
                     .and_then(|name| dir.write(rundir::INIT, name.as_bytes()))
-                    .and_then(|()| {
-                        dir.write(rundir::ROUTE, self.args.route_text().as_bytes())
-                    });
+                    .and_then(|()| dir.write(rundir::ROUTE, self.args.route_text().as_bytes()));
                 if let Err(e) = named {
                     restorer.newborn().kill();
                     return Err(e);
                 }
                 Ok((gate, restorer))
-            });
+            },
+        );
         let (gate, restorer) = match prepared {
             Ok(both) => both,
             Err(e) => {
@@ -315,11 +314,8 @@ impl Session<'_> {
             // The source will ask; until then nobody can bring pages.
             tracing::warn!("{e}");
         }
-        let mut link = Link {
-            sender: &mut self.sender,
-            receiver: &mut self.receiver,
-            newcomers: &self.lanes,
-        };
+        let mut link =
+            Link { sender: &mut self.sender, receiver: &mut self.receiver, newcomers: &self.lanes };
         course.run(&mut link, fault_thread, bulk, &timed)
     }
 }
@@ -344,7 +340,8 @@ impl Lanes<'_> {
     ) -> Result<(Channel, Vec<Channel>)> {
         let (mut urgent, mut bulk) = (None, Vec::new());
         while urgent.is_none() || bulk.len() < bulk_lanes as usize {
-            let channel = Channel::accept(self.next_lane(receiver)?, self.key, Timeouts::default())?;
+            let channel =
+                Channel::accept(self.next_lane(receiver)?, self.key, Timeouts::default())?;
             if channel.route() != self.route {
                 return Err(Error::Protocol("a lane for another session".into()));
             }

@@ -46,6 +46,7 @@ pub fn run(
     // It holds the key and knows the route: whoever works here has a connection that is no more.
     rundir::end_destination_session(&args.run_dir, id);
     let dir = MigrationDir::open(&args.run_dir, Role::Destination, id, LOCK_TIMEOUT)?;
+    dir.note_session()?;
     let gate = Gate::open(&dir.file("gate"))?;
     let init = dir.read(rundir::INIT)?.and_then(|name| String::from_utf8(name).ok());
     let init = init.as_deref().and_then(rundir::named_process);
@@ -76,8 +77,7 @@ pub fn run(
     let drain = Arc::new(Drain::take_up(&manifest, found.uffd, process.pid(), holdings)?);
     let outcome = Outcome { run: true, host_pid: process.pid(), completed: None };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
-    let (urgent, bulk) =
-        lanes.accept(rejoin.bulk_lanes.clamp(1, BULK_LANES_MAX), link.receiver)?;
+    let (urgent, bulk) = lanes.accept(rejoin.bulk_lanes.clamp(1, BULK_LANES_MAX), link.receiver)?;
     let (account, since) = (found.account, Instant::now());
     let course = Course { id, peer, dir: &dir, drain, account, process: &process, since };
     let fault_thread = course.start_faults(urgent)?;

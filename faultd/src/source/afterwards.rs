@@ -66,7 +66,7 @@ pub struct Afterwards<'a> {
 }
 
 enum Joined {
-    Live(Live),
+    Live(Box<Live>),
     Never(Sender),
     Over(Sender, Completed),
 }
@@ -74,6 +74,7 @@ enum Joined {
 /// Takes over a migration whose session is gone.
 pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<()> {
     let dir = MigrationDir::open(run_dir, Role::Source, id, Duration::ZERO)?;
+    dir.note_session()?;
     let refused = |reason: &str| Error::Refused { reason: reason.into(), remedy: String::new() };
     let (Some(record), Some(_)) = (Record::read(&dir)?, dir.read(commit::JOURNAL)?) else {
         dir.remove();
@@ -105,7 +106,7 @@ impl Afterwards<'_> {
         let mut paused_since = None;
         loop {
             let joined = match live.take() {
-                Some(live) => Ok(Joined::Live(live)),
+                Some(live) => Ok(Joined::Live(Box::new(live))),
                 None => self.rejoin(),
             };
             let error = match joined {
@@ -113,7 +114,7 @@ impl Afterwards<'_> {
                 Ok(Joined::Over(sender, done)) => return self.finish(sender, &done),
                 Ok(Joined::Live(live)) => {
                     (pause, paused_since) = (PAUSE_MIN, None);
-                    match self.drain(live) {
+                    match self.drain(*live) {
                         Ok((sender, done)) => return self.finish(sender, &done),
                         Err(e) => e,
                     }
@@ -152,7 +153,7 @@ impl Afterwards<'_> {
         let purposes = std::iter::once(Purpose::Urgent).chain((0..bulk).map(Purpose::Bulk));
         let lanes =
             purposes.map(|purpose| self.connect(&addresses, purpose)).collect::<Result<_>>()?;
-        Ok(Joined::Live(Live { sender, receiver, lanes }))
+        Ok(Joined::Live(Box::new(Live { sender, receiver, lanes })))
     }
 
     fn connect(&self, addresses: &[SocketAddr], purpose: Purpose) -> Result<Channel> {

@@ -8,9 +8,7 @@ use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
 use crate::events::{self, BlackoutParts, Event, Outcome, Role, Status};
 use crate::failpoints;
-use crate::protocol::{
-    ClockReading, DestinationMessage, Empty, Reason, SourceMessage, Verdict,
-};
+use crate::protocol::{ClockReading, DestinationMessage, Empty, Reason, SourceMessage, Verdict};
 use crate::rundir::{self, MigrationDir};
 use crate::source::afterwards::{Afterwards, Live};
 use crate::source::commit;

@@ -1,0 +1,166 @@
+//! After the commit a migration outlives everything of Slipstream: it goes on where it stopped, with no byte lost.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use slipstream_tests::process::{Pidfd, status_field};
+use slipstream_tests::program::Verdict;
+use slipstream_tests::{Build, Hosts, Migration, Program, Side, build, wait};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Slipstream's processes on a host with one of these names (`slipstream-init` is part of the moved process).
+fn processes(hosts: &Hosts, side: Side, names: &[&str]) -> Vec<Pidfd> {
+    let pids = hosts.host(side).pids().into_iter();
+    let named = |pid: &i32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|comm| names.contains(&comm.trim()))
+    };
+    pids.filter(named).filter_map(Pidfd::open).collect()
+}
+
+fn kill(hosts: &Hosts, side: Side, names: &[&str]) {
+    let victims = processes(hosts, side, names);
+    assert!(!victims.is_empty(), "nothing called {names:?} runs");
+    for victim in victims {
+        victim.signal(libc::SIGKILL);
+    }
+}
+
+fn id_of(migration: &Migration) -> String {
+    migration.wait_event("committed")["id"].as_str().expect("an id").to_owned()
+}
+
+/// Runs `recover` on a host; returns when it has ended.
+fn recover(hosts: &Hosts, side: Side, id: &str) {
+    let mut command = hosts.host(side).command(build::slipstream());
+    command.args(["recover", id, "--run-dir"]).arg(hosts.run_dir(side)).stdin(Stdio::null());
+    let output = command.output().expect("running slipstream recover");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "recover on {side:?}: {said}");
+}
+
+fn assert_stopped(program: &Program) {
+    let state = status_field(program.pid, "State").unwrap_or_else(|| "gone".to_owned());
+    assert!(!state.starts_with(['R', 'S', 'D']), "the source's copy is {state}: two copies");
+    assert!(!matches!(program.verdict(), Verdict::Fail(_)), "{}", program.output());
+}
+
+fn finish(program: &Program, moved: &slipstream_tests::process::Moved) {
+    program.tell();
+    moved.wait_end(LIMIT);
+    program.assert_ok();
+}
+
+/// The fault daemon is killed again and again; the agent starts another each time.
+fn destination_session_killed(name: &'static str) {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic(name), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let moved = migration.wait_resumed();
+    for pause_ms in [0, 150, 60, 230] {
+        std::thread::sleep(Duration::from_millis(pause_ms));
+        for victim in processes(&hosts, Side::Destination, &["slipstream-dst"]) {
+            victim.signal(libc::SIGKILL);
+        }
+        assert_stopped(&program);
+    }
+    migration.wait().assert_completed();
+    program.assert_source_dropped();
+    finish(&program, &moved);
+}
+
+macro_rules! destination_sessions_killed {
+    ($($name:ident,)*) => {$(
+        #[test]
+        fn $name() {
+            destination_session_killed(&stringify!($name)["killed_under_".len()..]);
+        }
+    )*};
+}
+
+destination_sessions_killed! {
+    killed_under_drain_touch,
+    killed_under_drain_fork,
+    killed_under_drain_unmap,
+    killed_under_drain_heap,
+    killed_under_drain_shared,
+    killed_under_drain_threads,
+}
+
+/// Everything of Slipstream on the destination is killed at once: `recover` there goes on, without an agent.
+#[test]
+fn everything_at_the_destination_killed() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let id = id_of(&migration);
+    let moved = migration.wait_resumed();
+    for victim in processes(&hosts, Side::Destination, &["slipstream", "slipstream-dst"]) {
+        victim.signal(libc::SIGKILL);
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    assert_stopped(&program);
+    recover(&hosts, Side::Destination, &id);
+    migration.wait().assert_completed();
+    finish(&program, &moved);
+}
+
+/// The agent is killed and started again at the same address: the migration goes on by itself.
+#[test]
+fn agent_restarted() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let moved = migration.wait_resumed();
+    kill(&hosts, Side::Destination, &["slipstream"]);
+    for victim in processes(&hosts, Side::Destination, &["slipstream-dst"]) {
+        victim.signal(libc::SIGKILL);
+    }
+    let _again = hosts.agent_at(agent.address);
+    migration.wait().assert_completed();
+    finish(&program, &moved);
+}
+
+/// The page server is killed: the frozen copy stays frozen, and `recover` serves it again.
+#[test]
+fn source_session_killed() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let id = id_of(&migration);
+    let moved = migration.wait_resumed();
+    kill(&hosts, Side::Source, &["slipstream-src"]);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_stopped(&program);
+    recover(&hosts, Side::Source, &id);
+    program.assert_source_dropped();
+    finish(&program, &moved);
+}
+
+/// Everything on both hosts is killed, and taken up again on both.
+#[test]
+fn everything_killed_and_recovered() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let id = id_of(&migration);
+    let moved = migration.wait_resumed();
+    for side in [Side::Destination, Side::Source] {
+        for victim in processes(&hosts, side, &["slipstream", "slipstream-dst", "slipstream-src"]) {
+            victim.signal(libc::SIGKILL);
+        }
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    assert_stopped(&program);
+    let _again = hosts.agent_at(agent.address);
+    recover(&hosts, Side::Source, &id);
+    finish(&program, &moved);
+    let over = || program.source_status();
+    wait::until("the source's copy to end", Duration::from_secs(30), over);
+}
