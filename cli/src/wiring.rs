@@ -8,7 +8,7 @@ use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::preflight::host::check_host;
 use slipstream_core::restore::newborn::{InitConfig, init_main};
 use slipstream_faultd::agent::{self, AgentConfig, SessionArgs};
-use slipstream_faultd::dest::session as destination_session;
+use slipstream_faultd::dest::{session as destination_session, take_over};
 use slipstream_faultd::events::{Event, Failed, HostFact, Outcome, Role, Status};
 use slipstream_faultd::source::arguments;
 use slipstream_faultd::source::events_out::EventsOut;
@@ -97,7 +97,16 @@ impl Engine for Wired {
             let all = rundir::list(run_dir).unwrap_or_default();
             all.into_iter().find(|s| s.id == id && s.role == Role::Source)
         };
-        let Some(status) = find() else { return Err(unknown("abort", id)) };
+        let Some(status) = find() else {
+            if !rundir::is_id(id) || !rundir::destinations(run_dir).iter().any(|d| d == id) {
+                return Err(unknown("abort", id));
+            }
+            return if take_over::abort(run_dir, id).map_err(|e| refused("abort", &e))? {
+                Ok(format!("migration {id} was given up: its process never runs here"))
+            } else {
+                Err(too_late(id))
+            };
+        };
         if status.phase != "prepare" {
             return Err(too_late(id));
         }

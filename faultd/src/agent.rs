@@ -178,6 +178,10 @@ fn start_session(
     key.hand_over(&ours).map_err(|e| Error::io("hand the key to a session", e))?;
     let mut command = Command::new(&config.exe);
     command.arg("__destination-session").args(args.to_args());
+    if args.id.is_some() {
+        // A test that kills the first session wants the second to live.
+        command.env_remove("SLIPSTREAM_KILL_AT");
+    }
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let child = spawn_with(&mut command, &[stream.as_fd(), theirs.as_fd()])
         .map_err(|e| Error::io("start a destination session", e))?;

@@ -22,8 +22,36 @@ pub const ALL: [&str; 14] = [
     "destination-restored",
 ];
 
+/// Further points, past the destination's "ready", where a test can kill the session by
+/// `SLIPSTREAM_KILL_AT=NAME` (as it can at those above). Nothing may be lost there, and no second copy run.
+pub const KILL: [&str; 14] = [
+    "destination-ready",
+    "destination-kept",
+    "source-journalled",
+    "source-stopped",
+    "source-commit-sent",
+    "destination-commit",
+    "destination-run",
+    "source-resumed",
+    "source-map-sent",
+    "destination-drained",
+    "destination-finished",
+    "destination-noted",
+    "source-completed",
+    "source-dropped",
+];
+
+/// Kills this process if the environment asks for it, as SIGKILL from outside would.
+pub fn reached(point: &'static str) {
+    debug_assert!(ALL.contains(&point) || KILL.contains(&point), "{point} is not in a list");
+    if std::env::var_os("SLIPSTREAM_KILL_AT").is_some_and(|asked| asked == point) {
+        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
 /// Fails if the environment asks for it.
 pub fn pass(point: &'static str) -> Result<()> {
+    reached(point);
     debug_assert!(ALL.contains(&point), "{point} is not in the list");
     match std::env::var_os("SLIPSTREAM_FAIL_AT") {
         Some(asked) if asked == point => Err(Error::FailPoint(point)),

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod clocks;
+pub mod commit_protocol;
 pub mod control;
 pub mod dest;
 pub mod error;

@@ -230,9 +230,14 @@ pub fn dead_agent(run_dir: &Path) -> Result<Option<(String, PathBuf)>> {
     Ok(Some((address.to_owned(), key.into())))
 }
 
+/// A file of a migration that came here.
+pub fn destination_file(run_dir: &Path, id: &str, name: &str) -> PathBuf {
+    run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(name)
+}
+
 /// The figures of a drain that is over.
 pub fn completed(run_dir: &Path, id: &str) -> Option<Vec<u8>> {
-    fs::read(run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(COMPLETED)).ok()
+    fs::read(destination_file(run_dir, id, COMPLETED)).ok()
 }
 
 /// The migrations that came here.
@@ -245,15 +250,14 @@ pub fn destinations(run_dir: &Path) -> Vec<String> {
 /// The migration that came here by a route.
 pub fn by_route(run_dir: &Path, route: &str) -> Option<String> {
     destinations(run_dir).into_iter().find(|id| {
-        let path = run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(ROUTE);
-        fs::read_to_string(path).is_ok_and(|known| known == route)
+        fs::read_to_string(destination_file(run_dir, id, ROUTE)).is_ok_and(|known| known == route)
     })
 }
 
 /// Kills a destination session: whoever has come to take its drain up does so by the same way as after
 /// any other death.
 pub fn end_destination_session(run_dir: &Path, id: &str) {
-    let path = run_dir.join(format!("{}{id}", prefix(Role::Destination))).join(SESSION);
+    let path = destination_file(run_dir, id, SESSION);
     if let Some(pid) = session_pid(&path, b"__destination-session")
         && pid != nix::unistd::getpid()
     {

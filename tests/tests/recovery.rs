@@ -164,3 +164,88 @@ fn everything_killed_and_recovered() {
     let over = || program.source_status();
     wait::until("the source's copy to end", Duration::from_secs(30), over);
 }
+
+/// Every step of both sides at which a session can be killed (`faultd::failpoints`).
+const STEPS: [&str; 28] = [
+    "source-connected",
+    "source-lanes",
+    "source-scratch",
+    "source-frozen",
+    "source-captured",
+    "source-sent",
+    "source-ready",
+    "source-journalled",
+    "source-parked",
+    "source-stopped",
+    "source-commit-sent",
+    "source-resumed",
+    "source-map-sent",
+    "source-completed",
+    "source-dropped",
+    "destination-hello",
+    "destination-lanes",
+    "destination-prepared",
+    "destination-mapped",
+    "destination-pages",
+    "destination-restored",
+    "destination-ready",
+    "destination-kept",
+    "destination-commit",
+    "destination-run",
+    "destination-drained",
+    "destination-finished",
+    "destination-noted",
+];
+
+/// Whether a program runs: it is there, and not stopped for good.
+fn runs(pid: i32) -> bool {
+    status_field(pid, "State").is_some_and(|state| state.starts_with(['R', 'S', 'D']))
+}
+
+/// Whether its copy on the destination is there.
+fn is_there(program: &Program) -> bool {
+    let comm = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let hosts = program.hosts();
+    hosts.host(Side::Destination).pids().into_iter().any(|pid| comm(pid).trim() == "anon")
+}
+
+fn killed_at(step: &str) {
+    eprintln!("killed at {step}");
+    let hosts = Hosts::two();
+    let agent = hosts.agent_with(|command| {
+        command.env("SLIPSTREAM_KILL_AT", step);
+    });
+    let program = Program::start(&hosts, Build::dynamic("anon"), &[]);
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), |command| {
+        command.env("SLIPSTREAM_KILL_AT", step);
+    });
+    let outcome = migration.wait_at_most(Duration::from_secs(60));
+    assert!(
+        step.starts_with("destination") || outcome.event("completed").is_none(),
+        "{step}: nothing was killed: {outcome:#?}"
+    );
+    // What a source session left is taken up, or said to be nothing.
+    for entry in std::fs::read_dir(hosts.run_dir(Side::Source)).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(id) = name.strip_prefix("source-") else { continue };
+        let mut command = hosts.host(Side::Source).command(build::slipstream());
+        command.args(["recover", id, "--run-dir"]).arg(hosts.run_dir(Side::Source));
+        let output = command.stdin(Stdio::null()).output().expect("running slipstream recover");
+        eprintln!("{step}: recover: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    wait::until(&format!("{step}: exactly one copy"), Duration::from_secs(20), || {
+        (runs(program.pid) != is_there(&program)).then_some(())
+    });
+    program.tell();
+    wait::until(&format!("{step}: a verdict"), Duration::from_secs(60), || {
+        (program.verdict() != Verdict::None).then_some(())
+    });
+    program.assert_ok();
+}
+
+#[test]
+fn killed_at_every_step() {
+    for step in STEPS {
+        killed_at(step);
+    }
+}

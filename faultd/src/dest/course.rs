@@ -8,6 +8,7 @@ use crate::dest::present::receive_present_map;
 use crate::dest::{bulk, faults, finish};
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
+use crate::failpoints;
 use crate::protocol::{Completed, DestinationMessage, Figures};
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
@@ -93,12 +94,15 @@ impl Course<'_> {
         }
         let drain_us = self.since.elapsed().as_micros() as u64;
         let exited = self.process.exited();
+        failpoints::reached("destination-drained");
         finish::finish(&self.drain, &manifest, self.process, &self.account.ours())?;
         self.drain.end();
         join(threads);
         let completed = Completed { figures: self.drain.figures(), drain_us, exited };
+        failpoints::reached("destination-finished");
         // Noted before anything that could take the drain up is let go.
         self.dir.write(rundir::COMPLETED, &completed.encode_to_vec())?;
+        failpoints::reached("destination-noted");
         self.drain.release();
         self.tell("completed", "");
         goodbye(link, completed)

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::pages::{SpaceId, Span};
 use crate::protocol::PresentRun;
 use slipstream_core::manifest::{Manifest, vm_flag};
-use slipstream_core::proc::maps;
+use slipstream_core::proc::maps::{self, MapLine};
 use slipstream_core::restore::settle::{lock_range, unmap_range, wait_left};
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::uffd::Uffd;
@@ -82,12 +82,20 @@ fn namespace_members(pid: i32) -> Vec<i32> {
 fn leave(pid: i32, ours: &[Range<u64>]) {
     for range in ours {
         let Ok(lines) = maps::read(pid) else { return };
-        let Some(first) = lines.iter().find(|l| range.contains(&l.start)) else { continue };
+        // A session that was killed may have done this before: the place may have another mapping now.
+        let own = |l: &&MapLine| range.contains(&l.start) && is_ours(&l.path);
+        let Some(first) = lines.iter().find(own) else { continue };
         match unmap_range(pid, range, &(first.start..first.end), STOP_TIMEOUT) {
             Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
             Err(e) => tracing::warn!("{e}"),
         }
     }
+}
+
+/// The gate, the scratch memory, or the ring.
+fn is_ours(path: &[u8]) -> bool {
+    let has = |part: &[u8]| path.windows(part.len()).any(|w| w == part);
+    has(b"slipstream-scratch") || has(b"/gate") || has(b"[io_uring]")
 }
 
 /// Puts huge pages together again where the source had them.

@@ -2,11 +2,12 @@
 
 use crate::agent::SessionArgs;
 use crate::clocks::{self, Exchange, Offsets};
+use crate::commit_protocol::Call;
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link};
 use crate::dest::drain::Drain;
 use crate::dest::held::Account;
-use crate::dest::take_over;
+use crate::dest::take_over::{self, wish};
 use crate::error::{Error, Result};
 use crate::events::Role;
 use crate::failpoints;
@@ -113,7 +114,7 @@ impl Session<'_> {
             Ok(at) => at,
             Err(e) => {
                 // Whoever asks from now on is told NEVER; the copy that waits at the gate ends.
-                prepared.gate.decide(gate::NEVER);
+                prepared.gate.decide(wish(Call::GiveUp));
                 prepared.restorer.newborn().kill();
                 // A source that was told "ready" may be past its commit: it will ask, and be told.
                 if !self.said_ready || matches!(e, Error::Peer { .. }) {
@@ -274,8 +275,10 @@ impl Session<'_> {
         let restore_us = began.elapsed().as_micros() as u64;
         self.said_ready = true;
         say_to_source(&mut self.sender, DestinationMessage::Ready(Ready { restore_us }))?;
+        failpoints::reached("destination-ready");
         // While the source parks its threads.
         drain.keep(&account)?;
+        failpoints::reached("destination-kept");
         Ok(AtTheGate { account, drain, timed })
     }
 
@@ -302,12 +305,14 @@ impl Session<'_> {
             since: Instant::now(),
         };
         let fault_thread = course.start_faults(urgent)?;
-        if gate_file.decide(gate::RUN) != gate::RUN {
+        failpoints::reached("destination-commit");
+        if gate_file.decide(wish(Call::Commit)) != gate::RUN {
             return Err(Error::Refused {
                 reason: "the migration was aborted".into(),
                 remedy: String::new(),
             });
         }
+        failpoints::reached("destination-run");
         let resumed = Resumed { host_pid: process.pid() };
         let told = say_to_source(&mut self.sender, DestinationMessage::Resumed(resumed));
         if let Err(e) = told {

@@ -4,6 +4,7 @@
 //! gate; where nothing was, it is decided now: NEVER. What of the drain is left is with the keeper.
 
 use crate::agent::SessionArgs;
+use crate::commit_protocol::{Call, wishes_run};
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link, goodbye};
 use crate::dest::drain::Drain;
@@ -30,6 +31,18 @@ const BULK_LANES_MAX: u32 = 4;
 /// A source that has not asked by then has been told, or has ended.
 const NEVER_KEPT: Duration = Duration::from_secs(24 * 3600);
 
+/// What the destination wishes the gate to say; what was decided first holds.
+pub fn wish(call: Call) -> u32 {
+    if wishes_run(call) { gate::RUN } else { gate::NEVER }
+}
+
+/// A user gives a migration up that is coming here. True when its copy here never runs; false when it
+/// runs already.
+pub fn abort(run_dir: &Path, id: &str) -> Result<bool> {
+    let gate = Gate::open(&rundir::destination_file(run_dir, id, "gate"))?;
+    Ok(gate.decide(wish(Call::GiveUp)) == gate::NEVER)
+}
+
 /// Takes the migration `id` up for a source that has come back on this control connection.
 pub fn run(
     args: &SessionArgs,
@@ -50,7 +63,7 @@ pub fn run(
     let gate = Gate::open(&dir.file("gate"))?;
     let init = dir.read(rundir::INIT)?.and_then(|name| String::from_utf8(name).ok());
     let init = init.as_deref().and_then(rundir::named_process);
-    if gate.decide(gate::NEVER) != gate::RUN {
+    if gate.decide(wish(Call::Rejoin)) != gate::RUN {
         if let Some(init) = init {
             PidFd::open(init)?.kill(libc::SIGKILL)?;
         }
@@ -114,7 +127,7 @@ pub fn clean_up(run_dir: &Path) {
             continue; // A session is at work there.
         };
         let Ok(gate) = Gate::open(&dir.file("gate")) else { continue };
-        if gate.decide(gate::NEVER) != gate::NEVER {
+        if gate.decide(wish(Call::GiveUp)) != gate::NEVER {
             continue;
         }
         let name = dir.read(rundir::INIT).ok().flatten().and_then(|n| String::from_utf8(n).ok());

@@ -4,9 +4,11 @@
 //!
 //! A session that takes over from one that was killed begins here.
 
+use crate::commit_protocol::{self, Heard, Journal, Next};
 use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
 use crate::events::{self, Event, Outcome as End, Role, Status};
+use crate::failpoints;
 use crate::protocol::{
     Completed, DestinationMessage, Empty, Figures, Outcome, PresentMap, PresentMapEnd, Rejoin,
     SourceMessage,
@@ -57,8 +59,8 @@ pub struct Afterwards<'a> {
     pub scratch: SourceScratch,
     /// The key.
     pub key: Key,
-    /// The destination is known to have resumed.
-    pub resumed: bool,
+    /// Whether the destination is known to have resumed.
+    pub journal: Journal,
     /// When the migration, or this session's part of it, began.
     pub started: Instant,
     /// Where events go.
@@ -76,7 +78,9 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
     let dir = MigrationDir::open(run_dir, Role::Source, id, Duration::ZERO)?;
     dir.note_session()?;
     let refused = |reason: &str| Error::Refused { reason: reason.into(), remedy: String::new() };
-    let (Some(record), Some(_)) = (Record::read(&dir)?, dir.read(commit::JOURNAL)?) else {
+    let journal = commit::journal(&dir)?;
+    let (Some(record), Journal::Committing | Journal::Committed) = (Record::read(&dir)?, journal)
+    else {
         dir.remove();
         return Err(refused("its session ended before the commit: the process runs on here"));
     };
@@ -90,7 +94,7 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
         memory: Arc::new(FrozenMemory::open(pid, &record.manifest())?),
         scratch: SourceScratch::find(pid, range)?,
         key: Key::load(&record.key_path())?,
-        resumed: false,
+        journal,
         started: Instant::now(),
         sink,
         dir,
@@ -142,10 +146,11 @@ impl Afterwards<'_> {
             DestinationMessage::Outcome(outcome) => outcome,
             _ => return unexpected("the outcome"),
         };
-        if !outcome.run {
-            return Ok(Joined::Never(sender));
+        match commit_protocol::source(self.journal, Heard::Outcome { run: outcome.run }) {
+            Next::Serve => self.note_resumed(outcome.host_pid),
+            Next::BringBack => return Ok(Joined::Never(sender)),
+            Next::Ask => return Err(Error::Protocol("RUN was taken back".into())),
         }
-        self.note_resumed(outcome.host_pid);
         if let Some(completed) = outcome.completed {
             return Ok(Joined::Over(sender, completed));
         }
@@ -168,7 +173,7 @@ impl Afterwards<'_> {
 
     /// The journal says so from now on, and whoever watches is told once.
     fn note_resumed(&mut self, host_pid: i32) {
-        if std::mem::replace(&mut self.resumed, true) {
+        if std::mem::replace(&mut self.journal, Journal::Committed) == Journal::Committed {
             return;
         }
         commit::note_committed(&self.dir);
@@ -195,6 +200,7 @@ impl Afterwards<'_> {
             say_to_destination(sender, SourceMessage::PresentMap(PresentMap::pack(runs)))
         })?;
         say_to_destination(sender, SourceMessage::PresentMapEnd(PresentMapEnd { bytes }))?;
+        failpoints::reached("source-map-sent");
         let mut last = (Instant::now(), Figures::default());
         loop {
             match hear_destination(receiver, Some(self.silence()))? {
@@ -211,7 +217,9 @@ impl Afterwards<'_> {
     }
 
     fn finish(self, mut sender: Sender, done: &Completed) -> Result<()> {
+        failpoints::reached("source-completed");
         commit::drop_copy(self.pid, &self.scratch)?;
+        failpoints::reached("source-dropped");
         // The destination may be gone already: it has nothing left to do.
         let _ = say_to_destination(&mut sender, SourceMessage::Bye(Empty {}));
         self.dir.remove();

@@ -4,6 +4,7 @@
 //! stopped. A SIGCONT from anywhere wakes threads that pause. The registers they had are in the
 //! journal: only an answer of NEVER brings them back.
 
+use crate::commit_protocol::Journal;
 use crate::error::{Error, Result};
 use crate::failpoints;
 use crate::rundir::MigrationDir;
@@ -15,7 +16,7 @@ use slipstream_core::sys::pidfd::PidFd;
 use std::time::Duration;
 
 /// File of the journal that says how far the commit is: `committing`, then `committed`.
-pub const JOURNAL: &str = "commit";
+const JOURNAL: &str = "commit";
 /// File of the journal with the parked registers: for each thread its number, mask and registers.
 pub const REGISTERS: &str = "parked-registers";
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,18 +43,25 @@ pub fn declare(
     process: &PidFd,
     dir: &MigrationDir,
 ) -> Result<()> {
-    dir.write(JOURNAL, b"committing\n")?;
+    dir.write(JOURNAL, Journal::Committing.content())?;
+    failpoints::reached("source-journalled");
     frozen.park(scratch.pause_loop())?;
     failpoints::pass("source-parked")?;
     process.kill(libc::SIGSTOP)?;
+    failpoints::reached("source-stopped");
     frozen.forget();
     Ok(())
+}
+
+/// How far the commit of a migration is.
+pub fn journal(dir: &MigrationDir) -> Result<Journal> {
+    Ok(Journal::parse(dir.read(JOURNAL)?.as_deref()))
 }
 
 /// Notes that the destination has said that its copy runs.
 pub fn note_committed(dir: &MigrationDir) {
     // "committing" stands there already; a full disk must not end what has gone well.
-    if let Err(e) = dir.write(JOURNAL, b"committed\n") {
+    if let Err(e) = dir.write(JOURNAL, Journal::Committed.content()) {
         tracing::warn!("{e}");
     }
 }

@@ -4,6 +4,7 @@
 //! ptrace requests come from the thread that calls [`run`].
 
 use crate::clocks;
+use crate::commit_protocol::{self, Heard, Journal, Next};
 use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
 use crate::events::{self, BlackoutParts, Event, Outcome, Role, Status};
@@ -100,7 +101,7 @@ struct AtTheBrink {
 /// The commit has left. Whether the destination has said that its copy runs:
 struct Past {
     memory: FrozenMemory,
-    resumed: bool,
+    journal: Journal,
 }
 
 impl Session<'_> {
@@ -152,15 +153,16 @@ impl Session<'_> {
         record: Record,
         past: Past,
     ) -> Result<()> {
-        if past.resumed {
+        let resumed = past.journal == Journal::Committed;
+        if resumed {
             self.enter("drain");
         }
         let Connections { sender, receiver, key, .. } = link;
-        let live = past.resumed.then_some(Live { sender, receiver, lanes });
+        let live = resumed.then_some(Live { sender, receiver, lanes });
         let after = Afterwards {
             pid: self.config.pid,
             memory: Arc::new(past.memory),
-            resumed: past.resumed,
+            journal: past.journal,
             started: self.started,
             sink: &mut *self.sink,
             scratch,
@@ -390,18 +392,27 @@ impl Session<'_> {
         self.committed = true;
         self.phase = "commit";
         let answer = say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))
-            .and_then(|()| hear_destination(&mut link.receiver, Some(self.config.timeout)));
+            .and_then(|()| {
+                failpoints::reached("source-commit-sent");
+                hear_destination(&mut link.receiver, Some(self.config.timeout))
+            });
+        failpoints::reached("source-resumed");
         brink.parts.commit_us = us(began);
         let blackout_us = us(brink.frozen_at);
         brink.frozen.abandon();
-        let DestinationMessage::Resumed(resumed) = (match answer {
-            Ok(message) => message,
+        let resumed = match answer {
+            Ok(DestinationMessage::Resumed(resumed)) => Some(resumed),
+            Ok(_) => None,
             Err(e) => {
                 tracing::warn!("the commit is in doubt: {e}");
-                return Ok(Past { memory: brink.memory, resumed: false });
+                None
             }
-        }) else {
-            return Ok(Past { memory: brink.memory, resumed: false });
+        };
+        let heard = if resumed.is_some() { Heard::Resumed } else { Heard::Nothing };
+        let (Next::Serve, Some(resumed)) =
+            (commit_protocol::source(Journal::Committing, heard), resumed)
+        else {
+            return Ok(Past { memory: brink.memory, journal: Journal::Committing });
         };
         commit::note_committed(dir);
         (self.sink)(brink.report);
@@ -411,7 +422,7 @@ impl Session<'_> {
             blackout_us,
             blackout_parts: brink.parts,
         }));
-        Ok(Past { memory: brink.memory, resumed: true })
+        Ok(Past { memory: brink.memory, journal: Journal::Committed })
     }
 
     /// Ends a migration before commit: the process goes on, without our scratch memory. Whatever was
