@@ -206,7 +206,7 @@ fn runs(pid: i32) -> bool {
 fn is_there(program: &Program) -> bool {
     let comm = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let hosts = program.hosts();
-    hosts.host(Side::Destination).pids().into_iter().any(|pid| comm(pid).trim() == "anon")
+    hosts.host(Side::Destination).pids().into_iter().any(|pid| comm(pid).starts_with("anon"))
 }
 
 fn killed_at(step: &str) {
