@@ -19,10 +19,13 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Fault times from a microsecond to a minute, to two digits.
 const FAULT_US_MAX: u64 = 60_000_000;
+
+/// For an event that another one overtook: its thread only has to get a processor.
+const OVERTAKEN_MAX: Duration = Duration::from_secs(5);
 
 /// Everything a drain's threads share.
 #[derive(Debug)]
@@ -42,6 +45,7 @@ pub struct Drain {
     failure: Mutex<Option<Error>>,
     fault_us: Mutex<Histogram<u64>>,
     huge: Mutex<Vec<PresentRun>>,
+    overtaken_since: Mutex<Option<Instant>>,
 }
 
 /// What the lock protects: see [`crate::pages`] for which half is needed for what.
@@ -122,6 +126,7 @@ impl Drain {
             failure: Mutex::new(None),
             fault_us: Mutex::new(fault_us),
             huge: Mutex::new(Vec::new()),
+            overtaken_since: Mutex::new(None),
         })
     }
 
@@ -203,7 +208,7 @@ impl Drain {
         }
         let woken = state.pages.remap(id, from, to, len);
         if mapped_until(self.pid, from).is_none() {
-            state.pages.unmap(id, from, from.saturating_add(len));
+            state.pages.forget(id, from, from.saturating_add(len));
         }
         woken
     }
@@ -256,7 +261,7 @@ impl Drain {
     pub fn give_up(&self, id: SpaceId, piece: &Piece) {
         tracing::warn!("nothing is mapped at {:#x}; its page is dropped", piece.current_address);
         let (start, len) = (piece.current_address, 4096);
-        self.exclusive(|state| state.pages.unmap(id, start, start + len));
+        self.exclusive(|state| state.pages.forget(id, start, start + len));
         self.tell_news();
     }
 
@@ -308,9 +313,16 @@ impl Drain {
         lock(&self.huge).clone()
     }
 
-    /// Every page of every space has arrived or is gone.
+    /// Every page of every space has arrived or is gone. To be asked every few moments.
     pub fn complete(&self) -> bool {
-        self.read().pages.complete()
+        let (complete, overtaken) = self.shared(|s| (s.pages.complete(), s.pages.is_overtaken()));
+        let mut since = lock(&self.overtaken_since);
+        if !overtaken {
+            *since = None;
+        } else if since.get_or_insert_with(Instant::now).elapsed() > OVERTAKEN_MAX {
+            self.exclusive(|state| state.pages.forget_overtaken());
+        }
+        complete
     }
 
     /// The process, as this host sees it.

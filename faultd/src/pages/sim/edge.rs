@@ -131,6 +131,10 @@ impl Edge {
             7 => self.urgent_reply(rng),
             8 | 9 => self.begin(rng),
             10 => self.install(kernel, rng),
+            // The real edge waits some seconds: threads need no longer from a change to its event.
+            11 if self.pages.is_overtaken() && !kernel.is_changing() => {
+                self.pages.forget_overtaken();
+            }
             _ if rng.chance(20) => self.fail_lane(rng),
             _ => self.decide_again(kernel),
         }
