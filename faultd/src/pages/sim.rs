@@ -96,6 +96,7 @@ impl Program {
         let end = start + pages * slot.size;
         let op = rng.below(20);
         kernel.processes[process].busy[thread] = std::iter::once(start..end).collect();
+        kernel.processes[process].subject[thread] = start..end;
         if !alone && slot.size != HUGE && slot.shared.is_none() && rng.chance(3) {
             return move_meanwhile(kernel, rng, (process, thread), start..end);
         }
@@ -138,9 +139,13 @@ impl Program {
 /// Moves private memory to a place that nobody uses any more, while other threads are in their calls.
 fn move_meanwhile(kernel: &mut Kernel, rng: &mut Rng, who: (usize, usize), from: Range<u64>) {
     let (process, thread) = who;
-    let to = ARENA + rng.below(56) * 4096;
-    let to = to..to + (from.end - from.start);
     let this = &mut kernel.processes[process];
+    let to = if rng.chance(2) {
+        this.subject[rng.below(3) as usize].start
+    } else {
+        ARENA + rng.below(56) * 4096
+    };
+    let to = to..to + (from.end - from.start);
     let unused = this.map.range(to.clone()).next().is_none();
     this.busy[thread].clear();
     if unused && this.is_free(&from) && this.is_free(&to) {

@@ -176,21 +176,22 @@ impl Space {
                 dropped(self, span.sources());
             }
         }
-        let stays = |span: &Span| !span.doubtful && left.iter().any(|l| l.contains(&span.start));
-        let mut at = range.start;
-        // In pieces that are wholly inside or wholly outside what was left.
-        let mut bounds: Vec<u64> = left.iter().flat_map(|l| [l.start, l.end]).collect();
-        bounds.push(range.end);
-        bounds.sort_unstable();
-        for bound in bounds {
-            for part in self.spans.cut(at..bound) {
-                if stays(&part) {
-                    self.spans.insert(part);
-                } else if !self.is_shared(part.source) {
+        for part in self.spans.cut(range.clone()) {
+            // Whatever is not as new as what has left goes, and of a span the part that lies elsewhere.
+            let gone = if part.doubtful {
+                vec![part.current()]
+            } else {
+                without(&part.current(), left.clone())
+            };
+            for kept in without(&part.current(), gone.clone()) {
+                self.spans.insert(part.clip_current(&kept));
+            }
+            for range in gone {
+                let part = part.clip_current(&range);
+                if !self.is_shared(part.source) {
                     dropped(self, part.sources());
                 }
             }
-            at = bound;
         }
     }
 
@@ -201,16 +202,9 @@ impl Space {
         let mut rest = VecDeque::with_capacity(self.left.len());
         for left in std::mem::take(&mut self.left) {
             let part = left.start.max(range.start)..left.end.min(range.end);
-            if part.is_empty() || taken.iter().any(|t| t.start < part.end && part.start < t.end) {
-                rest.push_back(left);
-                continue;
-            }
-            for outside in [left.start..part.start, part.end..left.end] {
-                if !outside.is_empty() {
-                    rest.push_back(outside);
-                }
-            }
-            taken.push(part);
+            let parts = without(&part, taken.clone());
+            rest.extend(without(&left, parts.clone()));
+            taken.extend(parts);
         }
         self.left = rest;
         taken
@@ -239,9 +233,12 @@ impl Space {
         let (old, new) = (from..from.saturating_add(len_bytes), to..to.saturating_add(len_bytes));
         // What is there by now came after what moved away.
         let overtaken = self.take_overtaken(&old);
-        let stays = overtaken.is_empty();
         let found = overtaken.iter().map(Span::sources).collect();
-        let moved = if stays { self.spans.cut(old.clone()) } else { overtaken };
+        let newer: Vec<Range<u64>> = overtaken.iter().map(Span::current).collect();
+        let mut moved = overtaken;
+        for range in without(&old, newer.clone()) {
+            moved.extend(self.spans.cut(range));
+        }
         // The kernel reports what it unmaps at the target before it reports the move.
         let (doubtful, sure) =
             self.spans.cut(new).into_iter().partition::<Vec<_>, _>(|span| span.doubtful);
@@ -249,9 +246,9 @@ impl Space {
             dropped(self, span.sources());
         }
         self.overtaken.extend(sure);
-        if moved.is_empty() {
+        for empty in without(&old, moved.iter().map(Span::current).collect()) {
             // What an earlier move left there moves on.
-            self.take_left(&old);
+            self.take_left(&empty);
         }
         if self.left.len() == LEFT_MAX {
             self.left.pop_front();
@@ -263,7 +260,7 @@ impl Space {
                 continue;
             }
             self.spans.insert(Span { start, ..span });
-            if stays && self.is_shared(span.source) {
+            if self.is_shared(span.source) && !newer.contains(&span.current()) {
                 self.spans.insert(Span { doubtful: true, ..span });
             }
         }
@@ -413,6 +410,23 @@ impl Space {
     fn is_shared(&self, source: u64) -> bool {
         self.layout.find(source).is_some_and(|placed| placed.region.shared)
     }
+}
+
+/// A range without others, which may overlap each other.
+fn without(range: &Range<u64>, mut others: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    others.sort_unstable_by_key(|other| other.start);
+    let mut rest = Vec::new();
+    let mut at = range.start;
+    for other in others {
+        if at < other.start.min(range.end) {
+            rest.push(at..other.start.min(range.end));
+        }
+        at = at.max(other.end);
+    }
+    if at < range.end {
+        rest.push(at..range.end);
+    }
+    rest
 }
 
 fn piece(kind: PieceKind, span: Span) -> Piece {

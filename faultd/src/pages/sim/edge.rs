@@ -352,6 +352,12 @@ impl Edge {
         } else {
             self.pages.begin_copy(space, source, len, &mut pieces);
         }
+        if self.pages.is_overtaken() {
+            // It may belong to a place that isn't known yet, and is then fetched again.
+            for (source, _) in self.source.range(source..source + len) {
+                self.bulk.remove(&(space, *source));
+            }
+        }
         self.open.push(Open { landing, pieces });
     }
 

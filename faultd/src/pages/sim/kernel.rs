@@ -75,6 +75,8 @@ pub struct Process {
     pub threads: Vec<ThreadState>,
     /// For each thread what it may still be working on in its call: nobody else's business.
     pub busy: Vec<Vec<Range<u64>>>,
+    /// For each thread what its last call was about.
+    pub subject: Vec<Range<u64>>,
 }
 
 impl Process {
@@ -135,6 +137,7 @@ impl Kernel {
             events: VecDeque::new(),
             later: vec![VecDeque::new(); 3],
             busy: vec![Vec::new(); 3],
+            subject: vec![0..0; 3],
             threads: vec![ThreadState::Idle; 3],
         };
         let mut object_truth = BTreeMap::new();
@@ -336,6 +339,7 @@ impl Kernel {
             events: VecDeque::new(),
             later: vec![VecDeque::new(); 3],
             busy: vec![Vec::new(); 3],
+            subject: vec![0..0; 3],
             threads: vec![ThreadState::Idle; 3],
             ..this.clone()
         };
