@@ -5,9 +5,10 @@ use crate::error::{Error, Result};
 
 /// Every point, in the order they are passed. All are before commit: failing there must leave the
 /// process running at the source as if nothing had happened.
-pub const ALL: [&str; 14] = [
+pub const ALL: [&str; 16] = [
     "source-connected",
     "source-lanes",
+    "source-staged",
     "source-scratch",
     "source-frozen",
     "source-captured",
@@ -17,6 +18,7 @@ pub const ALL: [&str; 14] = [
     "destination-hello",
     "destination-lanes",
     "destination-prepared",
+    "destination-staged",
     "destination-mapped",
     "destination-pages",
     "destination-restored",

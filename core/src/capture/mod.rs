@@ -3,5 +3,7 @@
 pub mod assemble;
 pub mod files;
 pub mod frozen_memory;
+pub mod page_hash;
 pub mod pages;
+pub mod presend;
 pub mod state;

@@ -6,3 +6,4 @@ pub mod faults;
 pub mod finish;
 pub mod session;
 pub mod shared_memory;
+pub mod staged;
