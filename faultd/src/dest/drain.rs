@@ -1,6 +1,6 @@
 //! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
 
-use crate::dest::shared_memory::{being_removed, mapped_until};
+use crate::dest::shared_memory::{Sleepers, mapped_until};
 use crate::error::{Error, Result};
 use crate::pages::{
     Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SharedRemove, SpaceId,
@@ -11,10 +11,10 @@ use hdrhistogram::Histogram;
 use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::memory::{LazyView, RING_SLOTS, lazy_views};
-use slipstream_core::sys::ring;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
+use slipstream_core::sys::{poll, ring};
 use slipstream_transport::Pace;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +51,9 @@ pub struct State {
     pub pages: Pages,
     uffds: BTreeMap<SpaceId, Uffd>,
     ring_slot_next: usize,
+    /// Spaces of which an event was read since they last had nothing to say.
+    unsettled: BTreeSet<SpaceId>,
+    sleepers: Sleepers,
 }
 
 /// What an event changed, for the thread that waits on descriptors.
@@ -106,6 +109,8 @@ impl Drain {
                 pages,
                 uffds: BTreeMap::from([(SpaceId::PROCESS, mapped.uffd)]),
                 ring_slot_next: 1,
+                unsettled: BTreeSet::new(),
+                sleepers: Sleepers::default(),
             }),
             ring: mapped.ring,
             pid,
@@ -146,15 +151,29 @@ impl Drain {
 
     fn apply_event(&self, state: &mut State, id: SpaceId) -> Result<Happened> {
         let Some(uffd) = state.uffds.get(&id) else { return Ok(Happened::Nothing) };
-        // Only while the event is unread does its thread wait in the call that raised it.
-        let removing = if self.has_shared { being_removed(self.pid) } else { Vec::new() };
+        // Only while the event is unread does its thread wait in the call that raised it; and what is
+        // raised after this look must not be what is read.
+        let removing = if self.has_shared {
+            if !poll::readable(uffd, Duration::ZERO)
+                .map_err(|e| Error::io("poll userfaultfd", e))?
+            {
+                state.unsettled.remove(&id);
+                return Ok(Happened::Nothing);
+            }
+            state.sleepers.being_removed(self.pid, state.unsettled.contains(&id))
+        } else {
+            Vec::new()
+        };
         let event = uffd.read_event().map_err(|e| Error::io("read userfaultfd", e))?;
         let woken = match event {
             None => return Ok(Happened::Nothing),
             Some(Event::Fault { address, tid }) => {
                 return Ok(Happened::Fault { address, tid: tid as i32 });
             }
-            Some(Event::Fork { child }) => return self.adopt(state, id, child),
+            Some(Event::Fork { child }) => {
+                state.unsettled.insert(id);
+                return self.adopt(state, id, child);
+            }
             Some(Event::Remove { start, end }) => {
                 let punched = removing.iter().any(|r| r.start <= start && end <= r.end);
                 let shared = if punched { SharedRemove::Punch } else { SharedRemove::Keep };
@@ -163,6 +182,7 @@ impl Drain {
             Some(Event::Unmap { start, end }) => state.pages.unmap(id, start, end),
             Some(Event::Remap { from, to, len }) => self.remap(state, id, from, to, len),
         };
+        state.unsettled.insert(id);
         if let Some(uffd) = state.uffds.get(&id)
             && let Err(e) = uffd.wake(woken.start, woken.end - woken.start)
         {

@@ -25,6 +25,12 @@ const EVENTS_IN_A_ROW: usize = 64;
 /// A page with no mapping and no event that says why is given up after this.
 const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
 
+/// What is left to do about a fault.
+enum Next {
+    Ask { source: u64, len_bytes: u64 },
+    TryAgain,
+}
+
 /// A page asked for on the urgent lane.
 #[derive(Debug)]
 struct Asked {
@@ -34,6 +40,15 @@ struct Asked {
     /// What has arrived of a huge page, which can only be installed whole.
     arrived: Vec<u8>,
     absent: bool,
+}
+
+/// A fault that could not be answered before an event is read. Its thread is not woken: the fault it would
+/// raise again is read before any event, and so for ever.
+#[derive(Clone, Copy, Debug)]
+struct Unanswered {
+    space: SpaceId,
+    address: u64,
+    tid: i32,
 }
 
 /// A page that arrived but could not be installed yet.
@@ -50,6 +65,7 @@ struct Service {
     epoll: Epoll,
     asked: HashMap<u64, Vec<Asked>>,
     stuck: Vec<Stuck>,
+    unanswered: Vec<Unanswered>,
     pieces: Vec<Piece>,
 }
 
@@ -63,6 +79,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()
         epoll,
         asked: HashMap::new(),
         stuck: Vec::new(),
+        unanswered: Vec::new(),
         pieces: Vec::new(),
     };
     service.watch_lane()?;
@@ -99,7 +116,7 @@ impl Service {
     fn run(&mut self) -> Result<()> {
         let mut ready = [EpollEvent::empty(); 16];
         while !self.drain.has_ended() {
-            let timeout = if self.stuck.is_empty() {
+            let timeout = if self.stuck.is_empty() && self.unanswered.is_empty() {
                 EpollTimeout::from(IDLE_MS)
             } else {
                 EpollTimeout::from(1u16)
@@ -115,7 +132,7 @@ impl Service {
                     id => self.events(SpaceId(id as u32))?,
                 }
             }
-            self.retry_stuck()?;
+            self.retry()?;
         }
         Ok(())
     }
@@ -145,16 +162,19 @@ impl Service {
                     FaultAction::Zero { start, len_bytes }
                     | FaultAction::AlreadyPresent { start, len_bytes },
                 ) => {
-                    fill_zero(uffd, start, len_bytes)?;
-                    Ok(None)
+                    let filled = fill_zero(uffd, start, len_bytes)?;
+                    Ok((!filled).then_some(Next::TryAgain))
                 }
                 Ok(FaultAction::Fetch { source_address, len_bytes, .. }) => {
-                    Ok(Some((source_address, len_bytes)))
+                    Ok(Some(Next::Ask { source: source_address, len_bytes }))
                 }
                 Ok(FaultAction::Wait) | Err(_) => Ok(None),
             }
         })?;
-        if let Some((source, len_bytes)) = action {
+        if let Some(Next::TryAgain) = action {
+            self.unanswered.push(Unanswered { space: id, address, tid });
+        }
+        if let Some(Next::Ask { source, len_bytes }) = action {
             self.drain.pace().hurry();
             let asked = Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
             let waiting = self.asked.entry(source).or_default();
@@ -238,7 +258,14 @@ impl Service {
         }
     }
 
-    fn retry_stuck(&mut self) -> Result<()> {
+    fn retry(&mut self) -> Result<()> {
+        let unanswered = std::mem::take(&mut self.unanswered);
+        for Unanswered { space, address, tid } in &unanswered {
+            self.fault(*space, *address, *tid)?;
+        }
+        if !unanswered.is_empty() {
+            self.lane.flush()?;
+        }
         for stuck in std::mem::take(&mut self.stuck) {
             if let Some(stuck) = self.install(stuck)? {
                 self.stuck.push(stuck);
@@ -268,8 +295,8 @@ pub fn unreadable(address: u64, errno: i32) -> Error {
     Error::Protocol(format!("the source can't read the page at {address:#x}: {why}"))
 }
 
-/// Fills a missing page with zeros; wakes if it is there.
-fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> Result<()> {
+/// Fills a missing page with zeros; wakes if it is there. False when an event must be read first.
+fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> Result<bool> {
     use slipstream_core::sys::uffd::Installed;
     // The kernel has no ZEROPAGE for huge pages.
     let result = if len == 4096 {
@@ -278,9 +305,13 @@ fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> R
         uffd.copy(start, &vec![0u8; len as usize])
     };
     match result {
-        Ok(Installed::All | Installed::Gone) => Ok(()),
+        Ok(Installed::All | Installed::Gone) => Ok(true),
+        Ok(Installed::Partly(_)) => Ok(false),
         // Present, or no longer what it was: the access is tried again and says what it wants.
-        Ok(_) => uffd.wake(start, len).map_err(|e| Error::io("wake a thread", e)),
+        Ok(Installed::Exists(_) | Installed::NotMapped(_)) => {
+            uffd.wake(start, len).map_err(|e| Error::io("wake a thread", e))?;
+            Ok(true)
+        }
         Err(e) => Err(Error::io(format!("fill the page at {start:#x} with zeros"), e)),
     }
 }
