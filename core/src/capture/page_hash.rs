@@ -79,7 +79,7 @@ mod tests {
             let mut page = [fill; PAGE];
             let before = key.hash(&page);
             prop_assert_eq!(key.hash(&page), before);
-            page[at] ^= 1 << bit;
+            page[at] ^= 1u8 << bit;
             prop_assert_ne!(key.hash(&page), before);
         }
 

@@ -1,6 +1,7 @@
 //! Every refusal, with a real process that holds the thing.
 
 use super::*;
+use crate::capture::presend::Presend;
 use crate::testing::{Child, ok};
 use std::ffi::CString;
 use std::os::fd::AsRawFd;
