@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use slipstream_tests::compare::Untouched;
+use slipstream_tests::huge_pages;
 use slipstream_tests::migration::code;
 use slipstream_tests::moves::{moves, moves_between};
 use slipstream_tests::{Build, Hosts, Migration, Program, Side, wait};
@@ -21,6 +22,12 @@ fn busy_writers() {
 #[test]
 fn busy_writers_on_one_host() {
     moves_between(&Hosts::one(), Build::dynamic("presend_busy"), &["4"]);
+}
+
+#[test]
+fn huge_pages_of_a_memfd() {
+    let _pages = huge_pages::Reserved::new(16);
+    moves(Build::dynamic("memfd_huge"), &[]);
 }
 
 /// What is sent in the blackout does not grow with the memory sent ahead.
