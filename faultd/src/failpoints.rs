@@ -38,3 +38,9 @@ pub fn pass(point: &'static str) -> Result<()> {
 pub fn pretends_foreign_vdso() -> bool {
     std::env::var_os("SLIPSTREAM_FOREIGN_VDSO").is_some()
 }
+
+/// For tests on one machine: the source takes the destination for another host when
+/// `SLIPSTREAM_FOREIGN_BOOT` is set in the agent's environment.
+pub fn told_boot_id(own: String) -> String {
+    if std::env::var_os("SLIPSTREAM_FOREIGN_BOOT").is_some() { String::new() } else { own }
+}

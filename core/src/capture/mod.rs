@@ -2,6 +2,7 @@
 
 pub mod assemble;
 pub mod files;
+pub mod flush;
 pub mod frozen_memory;
 pub mod page_hash;
 pub mod pages;

@@ -150,7 +150,7 @@ impl Session<'_> {
         let verdict = Verdict {
             blockers,
             route: self.args.route.bytes().to_vec(),
-            boot_id: clocks::boot_id()?,
+            boot_id: failpoints::told_boot_id(clocks::boot_id()?),
             bulk_lanes: hello.bulk_lanes.clamp(1, BULK_LANES_MAX),
             wants_digests: false,
             foreign_vdso: self.vdso.is_some(),

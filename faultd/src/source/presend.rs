@@ -9,6 +9,7 @@ use crate::protocol::{DestinationMessage, Empty, SourceMessage, Stage, StagedPag
 use crate::source::interrupt::Interrupts;
 use crate::source::local::{self, Local};
 use slipstream_core::capture::assemble;
+use slipstream_core::capture::flush::flush_files;
 use slipstream_core::capture::presend::{Piece, Presend};
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
@@ -63,6 +64,11 @@ impl<'a> Presender<'a> {
         local: &Local,
         again: bool,
     ) -> Result<()> {
+        if local.elsewhere {
+            // Most of it now, so that little is left for the freeze.
+            let files = &local.report.files;
+            flush_files(self.pid, &files.files, &files.descriptors, &local.report.mappings)?;
+        }
         let mut before = u64::MAX;
         for _ in 0..ROUNDS_MAX {
             let round = self.round(sender, local, again);
@@ -132,6 +138,10 @@ impl<'a> Presender<'a> {
             let captured_at = Instant::now();
             match assemble::capture(&frozen, scratch, &local.prior, &self.presend) {
                 Ok(manifest) => {
+                    if local.elsewhere {
+                        let (files, descriptors) = (&manifest.files, &manifest.descriptors);
+                        flush_files(self.pid, files, descriptors, &manifest.mappings)?;
+                    }
                     let capture_us = captured_at.elapsed().as_micros() as u64;
                     let parts = BlackoutParts { freeze_us, capture_us, ..Default::default() };
                     return Ok(Captured { frozen, manifest, frozen_at, parts });

@@ -148,6 +148,7 @@ impl<'a> Session<'a> {
         if verdict.foreign_vdso {
             local.avoid = local::vdso_range(self.config.pid)?;
         }
+        local.elsewhere = verdict.boot_id != clocks::boot_id()?;
         let lanes = self.connect_lanes(&link, &verdict)?;
         self.await_prepared(&mut link)?;
         let mut presender = Presender::new(self.config.pid, self.interrupts, self.config.timeout)?;
