@@ -126,6 +126,9 @@ pub struct Process {
     /// Layout of the XSAVE areas ([`crate::arch::xstate::XsaveLayout::to_words`]).
     #[prost(uint64, repeated, tag = "26")]
     pub xsave_layout: Vec<u64>,
+    /// What `mlockall(2)` says of mappings to come: `MCL_FUTURE`, perhaps with `MCL_ONFAULT`; or 0.
+    #[prost(uint32, tag = "27")]
+    pub future_locks: u32,
 }
 
 /// A kernel `struct sigaction` (64-bit layout).

@@ -19,7 +19,7 @@ use crate::preflight::Blocker;
 use crate::proc::classify::{Unclassified, classify};
 use crate::proc::holders::Holders;
 use crate::proc::maps::{self, MapLine};
-use crate::proc::smaps::{self, SmapsEntry};
+use crate::proc::smaps::{self, SmapsEntry, VmFlags};
 use crate::sys::mem::ProcMem;
 use crate::sys::pagemap::{Pagemap, Wanted};
 use crate::sys::{ptrace, task};
@@ -65,6 +65,7 @@ pub fn capture(
     let mut process = process_outside(&prior.host, pid)?;
     let (mut threads, switches) = threads_outside(frozen, prior)?;
     run_probes(frozen, scratch, &mut process, &mut threads)?;
+    process.future_locks = future_locks(&prior.smaps, scratch);
     process.xsave_layout = XsaveLayout::this_cpu().to_words();
     finish_registers(frozen, scratch, &prior.sleeps, &switches, &mut threads);
     let lines = own_lines(pid, scratch)?;
@@ -103,6 +104,18 @@ pub fn capture(
         clear_word(&mut manifest.pages, address);
     }
     Ok(manifest)
+}
+
+/// Whether new mappings are locked, which no file tells: our own is one.
+fn future_locks(smaps: &[SmapsEntry], scratch: &SourceScratch) -> u32 {
+    let ours = |e: &&SmapsEntry| e.line.start == scratch.range().start;
+    match smaps.iter().find(ours).map(|e| e.flags) {
+        Some(flags) if flags.has(VmFlags::LOCKED | VmFlags::LOCK_ON_FAULT) => {
+            (libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32
+        }
+        Some(flags) if flags.has(VmFlags::LOCKED) => libc::MCL_FUTURE as u32,
+        _ => 0,
+    }
 }
 
 /// Adds the pages that travel with the manifest, of private file mappings at most `room` bytes.
