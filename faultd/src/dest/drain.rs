@@ -313,6 +313,11 @@ impl Drain {
         self.read().pages.complete()
     }
 
+    /// The process, as this host sees it.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// What has bulk lanes make room for faults.
     pub fn pace(&self) -> &Arc<Pace> {
         &self.pace

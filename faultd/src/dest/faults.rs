@@ -7,9 +7,11 @@
 use crate::dest::drain::{Data, Delivered, Drain, Happened};
 use crate::error::{Error, Result};
 use crate::pages::{FaultAction, Piece, SpaceId};
+use crate::placement::Placement;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use slipstream_core::proc::cpu::{self, ThreadNumbers};
 use slipstream_core::sys::task;
-use slipstream_transport::{Block, Content, PageLane, PageRequest};
+use slipstream_transport::{Block, Content, Pace, PageLane, PageRequest};
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -22,6 +24,8 @@ const LANE: u64 = u64::MAX;
 const IDLE_MS: u16 = 50;
 /// Events read in a row before copies get their turn.
 const EVENTS_IN_A_ROW: usize = 64;
+/// Faults between two looks at the CPU that they come from.
+const FOLLOW_INTERVAL: u32 = 8;
 /// A page with no mapping and no event that says why is given up after this.
 const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
 
@@ -67,12 +71,38 @@ struct Service {
     stuck: Vec<Stuck>,
     unanswered: Vec<Unanswered>,
     pieces: Vec<Piece>,
+    follower: Follower,
+}
+
+/// Keeps the thread on the CPU of the threads that fault.
+struct Follower {
+    pid: i32,
+    threads: ThreadNumbers,
+    placement: Placement,
+    faults: u32,
+}
+
+impl Follower {
+    /// Called for every fault of the process.
+    fn fault(&mut self, own_tid: i32, pace: &Pace) {
+        self.faults = self.faults.wrapping_add(1);
+        if self.faults % FOLLOW_INTERVAL != 1 {
+            return;
+        }
+        if let Some(tid) = self.threads.host_tid(own_tid)
+            && let Ok(Some(cpu)) = cpu::last_cpu(self.pid, tid)
+            && self.placement.follow(cpu)
+        {
+            pace.settle_on(cpu);
+        }
+    }
 }
 
 /// Starts the thread. Failures are noted in the drain.
 pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()>> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
         .map_err(|e| Error::io("epoll_create", e.into()))?;
+    let pid = drain.pid();
     let mut service = Service {
         drain,
         lane,
@@ -81,6 +111,12 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()
         stuck: Vec::new(),
         unanswered: Vec::new(),
         pieces: Vec::new(),
+        follower: Follower {
+            pid,
+            threads: ThreadNumbers::new(pid),
+            placement: Placement::of_this_thread(),
+            faults: 0,
+        },
     };
     service.watch_lane()?;
     service.watch_space(SpaceId::PROCESS)?;
@@ -176,6 +212,9 @@ impl Service {
         }
         if let Some(Next::Ask { source, len_bytes }) = action {
             self.drain.pace().hurry();
+            if id == SpaceId::PROCESS {
+                self.follower.fault(tid, self.drain.pace());
+            }
             let asked = Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
             let waiting = self.asked.entry(source).or_default();
             waiting.push(asked);

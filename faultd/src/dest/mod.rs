@@ -7,3 +7,4 @@ pub mod finish;
 pub mod session;
 pub mod shared_memory;
 pub mod staged;
+mod window;
