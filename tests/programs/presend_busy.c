@@ -60,7 +60,8 @@ static void *writer(void *kind) {
 }
 
 static void hold(void) {
-    size_t len = (arguments_len > 2 ? strtoul(arguments[2], NULL, 10) : 12) * MIB;
+    size_t mib = arguments_len > 2 ? strtoul(arguments[2], NULL, 10) : 0;
+    size_t len = (mib ? mib : 12) * MIB;
     pages = len / PAGE;
     for (int kind = 0; kind < KINDS; kind++)
         versions[kind] = map_anonymous(pages * sizeof(uint32_t));

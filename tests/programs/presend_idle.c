@@ -6,8 +6,8 @@ static char *memory, *private;
 static size_t memory_len, private_len;
 
 static void hold(void) {
-    memory_len = strtoul(arguments[2], NULL, 10) * MIB;
-    private_len = strtoul(arguments[3], NULL, 10) * MIB;
+    memory_len = (arguments_len > 2 ? strtoul(arguments[2], NULL, 10) : 1) * MIB;
+    private_len = (arguments_len > 3 ? strtoul(arguments[3], NULL, 10) : 1) * MIB;
     if (memory_len > 0) {
         int fd = MUST(memfd_create("idle", MFD_CLOEXEC));
         MUST(ftruncate(fd, memory_len));
