@@ -114,8 +114,6 @@ impl<'a> Session<'a> {
             }
         };
         let moved = self.move_state(&mut link, &scratch, &mut local, &mut presender, &dir);
-        // What was kept to compare pages with is of no more use.
-        drop(presender);
         let brink = match moved {
             Ok(brink) => brink,
             Err(e) => {
@@ -131,6 +129,8 @@ impl<'a> Session<'a> {
             }
             Err(e) => return Err(self.wait_for_recovery(&dir, &id, e)),
         };
+        // What was kept to compare pages with is of no more use.
+        drop(presender);
         self.write_status(&dir, &id, "drain", None);
         match self.drain(&mut link, lanes, memory, &dir, &id) {
             Ok(done) => self.finish(&mut link, &scratch, dir, done),
