@@ -22,6 +22,14 @@ pub struct SchedAttr {
 pub const SCHED_ATTR_LEN: usize = 48;
 const _: () = assert!(size_of::<SchedAttr>() == SCHED_ATTR_LEN);
 
+impl SchedAttr {
+    /// Runs before all ordinary threads: `SCHED_FIFO`, `SCHED_RR`, `SCHED_DEADLINE`.
+    pub fn is_real_time(&self) -> bool {
+        const SCHED_DEADLINE: u32 = 6;
+        [libc::SCHED_FIFO as u32, libc::SCHED_RR as u32, SCHED_DEADLINE].contains(&self.policy)
+    }
+}
+
 /// Longest CPU mask asked for: 8192 CPUs, the most an x86-64 kernel can be built for.
 const CPU_MASK_LEN: usize = 1024;
 const IOPRIO_WHO_PROCESS: i32 = 1;

@@ -89,7 +89,9 @@ impl Follower {
         if self.faults % FOLLOW_INTERVAL != 1 {
             return;
         }
+        // A real-time thread may keep a CPU from ours for as long as it likes.
         if let Some(tid) = self.threads.host_tid(own_tid)
+            && task::sched_attr(tid).is_ok_and(|attr| !attr.is_real_time())
             && let Ok(Some(cpu)) = cpu::last_cpu(self.pid, tid)
             && self.placement.follow(cpu)
         {
