@@ -68,6 +68,7 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     listening(address);
     let sessions = Sessions::default();
     take_over::clean_up(&config.run_dir);
+    rundir::prune(&config.run_dir);
     start_reaper(Arc::clone(&sessions), config.run_dir.clone());
     let undecided = Arc::new(Undecided::default());
     loop {
@@ -239,6 +240,8 @@ fn start_reaper(sessions: Sessions, run_dir: PathBuf) {
             match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, _)) => {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
+                    // A session, or the init of a process that has ended.
+                    rundir::prune(&run_dir);
                 }
                 Ok(WaitStatus::Signaled(pid, ..)) => {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());

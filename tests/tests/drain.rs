@@ -24,6 +24,7 @@ moved_programs! {
     drain_touch,
     drain_shared,
     drain_punch,
+    drain_moves,
     drain_signals,
     drain_exit,
     drain_thread_exit,

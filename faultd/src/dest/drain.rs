@@ -20,13 +20,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Fault times from a microsecond to a minute, to two digits.
 const FAULT_US_MAX: u64 = 60_000_000;
 /// All addresses a program can have mapped, for waking whoever waits.
 const WAKE_START: u64 = 0x1_0000;
 const WAKE_END: u64 = 0x7fff_ffff_f000;
+
+/// For an event that another one overtook: its thread only has to get a processor.
+const OVERTAKEN_MAX: Duration = Duration::from_secs(5);
 
 /// Everything a drain's threads share.
 #[derive(Debug)]
@@ -45,6 +48,7 @@ pub struct Drain {
     failure: Mutex<Option<Error>>,
     fault_us: Mutex<Histogram<u64>>,
     huge: Mutex<Vec<PresentRun>>,
+    overtaken_since: Mutex<Option<Instant>>,
 }
 
 /// What the lock protects: see [`crate::pages`] for which half is needed for what.
@@ -157,6 +161,7 @@ impl Drain {
             failure: Mutex::new(None),
             fault_us: Mutex::new(fault_us),
             huge: Mutex::new(Vec::new()),
+            overtaken_since: Mutex::new(None),
         })
     }
 
@@ -280,7 +285,7 @@ impl Drain {
         if mapped_until(self.pid, from).is_some() {
             return vec![moved];
         }
-        vec![moved, Record::Unmap { space, start: from, end: from.saturating_add(len) }]
+        vec![moved, Record::Forget { space, start: from, end: from.saturating_add(len) }]
     }
 
     /// Deals with an event that a session had read before it died.
@@ -333,7 +338,7 @@ impl Drain {
         tracing::warn!("nothing is mapped at {:#x}; its page is dropped", piece.current_address);
         let (start, len) = (piece.current_address, 4096);
         self.exclusive(|state| {
-            if let Err(e) = state.apply(&[Record::Unmap { space: id, start, end: start + len }]) {
+            if let Err(e) = state.apply(&[Record::Forget { space: id, start, end: start + len }]) {
                 self.fail(e);
             }
         });
@@ -391,9 +396,20 @@ impl Drain {
         lock(&self.huge).clone()
     }
 
-    /// Every page of every space has arrived or is gone.
+    /// Every page of every space has arrived or is gone. To be asked every few moments.
     pub fn complete(&self) -> bool {
-        self.read().pages.complete()
+        let (complete, overtaken) = self.shared(|s| (s.pages.complete(), s.pages.is_overtaken()));
+        let mut since = lock(&self.overtaken_since);
+        if !overtaken {
+            *since = None;
+        } else if since.get_or_insert_with(Instant::now).elapsed() > OVERTAKEN_MAX {
+            self.exclusive(|state| {
+                if let Err(e) = state.apply(&[Record::ForgetOvertaken]) {
+                    self.fail(e);
+                }
+            });
+        }
+        complete
     }
 
     /// The process, as this host sees it.

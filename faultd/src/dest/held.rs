@@ -38,13 +38,16 @@ pub struct Account {
     /// What restore left mapped, as (start, end) pairs.
     #[prost(uint64, repeated, tag = "2")]
     pub ours: Vec<u64>,
+    /// `mlockall` for mappings to come, as in the manifest.
+    #[prost(uint32, tag = "3")]
+    pub future_locks: u32,
 }
 
 impl Account {
     /// What has to be known about a restored process.
     pub fn new(m: &Manifest, ours: &[Range<u64>]) -> Self {
         let ours = ours.iter().flat_map(|r| [r.start, r.end]).collect();
-        Self { mappings: m.mappings.clone(), ours }
+        Self { mappings: m.mappings.clone(), ours, future_locks: m.process.future_locks }
     }
 
     /// What restore left mapped.
@@ -54,7 +57,9 @@ impl Account {
 
     /// As much of the manifest as the rest of a drain needs.
     pub fn manifest(&self) -> Manifest {
-        Manifest { mappings: self.mappings.clone(), ..Manifest::default() }
+        let mut manifest = Manifest { mappings: self.mappings.clone(), ..Manifest::default() };
+        manifest.process.future_locks = self.future_locks;
+        manifest
     }
 }
 
@@ -260,6 +265,16 @@ impl Holdings {
                 Record::Span { space, span } => {
                     if pages.space(space).is_some() {
                         pages.restore_span(space, span)?;
+                    }
+                }
+                Record::Left { space, start, end } => {
+                    if pages.space(space).is_some() {
+                        pages.restore_left(space, start..end)?;
+                    }
+                }
+                Record::Overtaken { space, span } => {
+                    if pages.space(space).is_some() {
+                        pages.restore_overtaken(space, span)?;
                     }
                 }
                 Record::Fork { parent, .. } if pages.space(parent).is_none() => {}

@@ -11,7 +11,7 @@
 //! now; the keeper exchanges the old one for the new in one step.
 
 use crate::error::{Error, Result};
-use crate::pages::{Pages, SharedRemove, Space, SpaceId, Span};
+use crate::pages::{Pages, SharedRemove, SpaceId, Span};
 use slipstream_core::sys::mapped::{Shared, memfd};
 use slipstream_core::sys::uffd::{self, Event, MESSAGE_LEN, Uffd};
 use std::fs::File;
@@ -90,6 +90,17 @@ pub enum Record {
         /// What keeps it.
         slot: u64,
     },
+    /// Nothing is mapped in a range, whatever events say.
+    Forget {
+        /// Where.
+        space: SpaceId,
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+    /// Events that were overtaken don't come any more.
+    ForgetOvertaken,
     /// A space has ended.
     Exit {
         /// Which.
@@ -107,6 +118,22 @@ pub enum Record {
         /// Whose.
         space: SpaceId,
         /// The span.
+        span: Span,
+    },
+    /// A place that a mapping has moved away from.
+    Left {
+        /// Of which space.
+        space: SpaceId,
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+    /// A part whose event is yet to come.
+    Overtaken {
+        /// Of which space.
+        space: SpaceId,
+        /// The part.
         span: Span,
     },
 }
@@ -128,6 +155,13 @@ impl Record {
                 let doubtful = u64::from(span.doubtful);
                 [tag(8, space), span.start, span.len_bytes, span.source, doubtful]
             }
+            Self::Overtaken { space, span } => {
+                let doubtful = u64::from(span.doubtful);
+                [tag(9, space), span.start, span.len_bytes, span.source, doubtful]
+            }
+            Self::Left { space, start, end } => [tag(10, space), start, end, 0, 0],
+            Self::Forget { space, start, end } => [tag(11, space), start, end, 0, 0],
+            Self::ForgetOvertaken => [12, 0, 0, 0, 0],
         }
     }
 
@@ -141,10 +175,14 @@ impl Record {
             5 => Self::Fork { parent: space, child: SpaceId(w[1] as u32), slot: w[2] },
             6 => Self::Exit { space },
             7 => Self::Space { space, slot: w[1] },
-            8 => {
+            kind @ (8 | 9) => {
                 let (start, len_bytes, source) = (w[1], w[2], w[3]);
-                Self::Span { space, span: Span { start, len_bytes, source, doubtful: w[4] != 0 } }
+                let span = Span { start, len_bytes, source, doubtful: w[4] != 0 };
+                if kind == 8 { Self::Span { space, span } } else { Self::Overtaken { space, span } }
             }
+            10 => Self::Left { space, start: w[1], end: w[2] },
+            11 => Self::Forget { space, start: w[1], end: w[2] },
+            12 => Self::ForgetOvertaken,
             _ => return None,
         })
     }
@@ -167,7 +205,16 @@ impl Record {
                 pages.exit(space);
                 0..0
             }
-            Self::Fork { .. } | Self::Space { .. } | Self::Span { .. } => 0..0,
+            Self::Forget { space, start, end } => pages.forget(space, start, end),
+            Self::ForgetOvertaken => {
+                pages.forget_overtaken();
+                0..0
+            }
+            Self::Fork { .. }
+            | Self::Space { .. }
+            | Self::Span { .. }
+            | Self::Left { .. }
+            | Self::Overtaken { .. } => 0..0,
         }
     }
 }
@@ -323,8 +370,12 @@ impl Journal {
                 None => continue,
             };
             records.push(Record::Space { space: id, slot });
-            let spans = pages.space(id).into_iter().flat_map(Space::spans);
-            records.extend(spans.map(|span| Record::Span { space: id, span }));
+            let Some(space) = pages.space(id) else { continue };
+            records.extend(space.spans().map(|span| Record::Span { space: id, span }));
+            let overtaken = space.overtaken().iter().copied();
+            records.extend(overtaken.map(|span| Record::Overtaken { space: id, span }));
+            let left = space.left().map(|r| (r.start, r.end));
+            records.extend(left.map(|(start, end)| Record::Left { space: id, start, end }));
         }
         let journal = Self::with_room(RECORDS_MIN.max(records.len() * 2))?;
         journal.append(&records);
@@ -386,6 +437,10 @@ mod tests {
             match record {
                 Record::Space { space, .. } => pages.restore_space(space, None).unwrap(),
                 Record::Span { space, span } => pages.restore_span(space, span).unwrap(),
+                Record::Left { space, start, end } => {
+                    pages.restore_left(space, start..end).unwrap()
+                }
+                Record::Overtaken { space, span } => pages.restore_overtaken(space, span).unwrap(),
                 other => drop(other.apply(&mut pages)),
             }
         }
@@ -406,6 +461,12 @@ mod tests {
             prop_assert_eq!(spans(&replay(&again)), spans(&original));
             let short = Journal::written_anew(&original, &|_| None).unwrap();
             prop_assert_eq!(spans(&replay(&short)), spans(&original));
+            let of = |pages: &Pages| {
+                let space = pages.space(SpaceId::PROCESS).unwrap();
+                (space.left().cloned().collect::<Vec<_>>(), space.overtaken().to_vec())
+            };
+            prop_assert_eq!(of(&replay(&again)), of(&original));
+            prop_assert_eq!(of(&replay(&short)), of(&original));
         }
 
         #[test]

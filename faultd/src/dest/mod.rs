@@ -11,5 +11,6 @@ pub mod present;
 pub mod recover;
 pub mod session;
 pub mod shared_memory;
+pub mod staged;
 pub mod take_over;
 mod window;

@@ -7,6 +7,7 @@ use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link};
 use crate::dest::drain::Drain;
 use crate::dest::held::Account;
+use crate::dest::staged;
 use crate::dest::take_over::{self, wish};
 use crate::error::{Error, Result};
 use crate::events::Role;
@@ -154,7 +155,7 @@ impl Session<'_> {
         let verdict = Verdict {
             blockers,
             route: self.args.route.bytes().to_vec(),
-            boot_id: clocks::boot_id()?,
+            boot_id: failpoints::told_boot_id(clocks::boot_id()?),
             bulk_lanes: hello.bulk_lanes.clamp(1, BULK_LANES_MAX),
             wants_digests: false,
             foreign_vdso: self.vdso.is_some(),
@@ -253,10 +254,12 @@ impl Session<'_> {
 
     /// Hears the manifest and brings the process to its gate.
     fn restore(&mut self, prepared: &mut Prepared) -> Result<AtTheGate> {
-        let encoded = match hear_source(&mut self.receiver, Some(STEP_TIMEOUT))? {
-            SourceMessage::Manifest(bytes) => bytes,
-            _ => return unexpected("a manifest"),
-        };
+        let encoded = staged::receive_manifest(
+            &mut self.sender,
+            &mut self.receiver,
+            &mut prepared.restorer,
+            STEP_TIMEOUT,
+        )?;
         let began = Instant::now();
         let manifest = Manifest::decode(&*encoded)
             .map_err(|e| Error::Protocol(format!("malformed manifest ({e})")))?;

@@ -446,18 +446,28 @@ impl Pages {
         start..end
     }
 
+    /// Nothing is mapped in a range any more, whatever events say. Yields the range to wake.
+    pub fn forget(&mut self, id: SpaceId, start: u64, end: u64) -> Range<u64> {
+        self.event(id, |space, dropped| space.forget(start..end, dropped));
+        start..end
+    }
+
     /// `REMAP`: a range was moved. The event doesn't say whether the old mapping stays
     /// (`MREMAP_DONTUNMAP`): of shared memory it stays tracked as *doubtful*. Yields the range to wake. With length zero (`mremap` of shared
     /// memory with old length zero) find the length in `/proc/PID/maps` and call [`Pages::alias`].
     pub fn remap(&mut self, id: SpaceId, from: u64, to: u64, len_bytes: u64) -> Range<u64> {
-        self.event(id, |space, dropped| space.remap(from, to, len_bytes, dropped));
+        let mut found = Vec::new();
+        self.event(id, |space, dropped| found = space.remap(from, to, len_bytes, dropped));
+        for sources in found {
+            self.prefetch().restore(id, sources);
+        }
         from..from.saturating_add(len_bytes)
     }
 
     /// Shared memory got a further mapping.
     pub fn alias(&mut self, id: SpaceId, from: u64, to: u64, len_bytes: u64) {
         self.event(id, |space, dropped| {
-            space.unmap(to..to.saturating_add(len_bytes), dropped);
+            space.forget(to..to.saturating_add(len_bytes), dropped);
             space.alias(from, to, len_bytes);
         });
     }
@@ -503,6 +513,19 @@ impl Pages {
         }
     }
 
+    /// Two mappings were moved one after the other, and the events came the other way round: one is
+    /// missing yet. It comes within moments.
+    pub fn is_overtaken(&self) -> bool {
+        self.spaces.values().any(Space::is_overtaken)
+    }
+
+    /// The missing event doesn't come: its pages are gone.
+    pub fn forget_overtaken(&mut self) {
+        for id in self.spaces().collect::<Vec<_>>() {
+            self.event(id, |space, dropped| space.forget_overtaken(dropped));
+        }
+    }
+
     // ---- Taking up what an earlier fault daemon left (before any copy) ----
 
     /// Begins a space of which only the spans that follow are tracked; a child with the table it had.
@@ -534,6 +557,18 @@ impl Pages {
             return Err(PagesError::BadRange { start: span.source, len_bytes: span.len_bytes });
         }
         self.spaces.get_mut(&id).ok_or(PagesError::NoSpace(id))?.restore_span(span);
+        Ok(())
+    }
+
+    /// A place that a mapping of the space has moved away from (see [`Space::left`]), oldest first.
+    pub fn restore_left(&mut self, id: SpaceId, range: Range<u64>) -> Result<(), PagesError> {
+        self.spaces.get_mut(&id).ok_or(PagesError::NoSpace(id))?.restore_left(range);
+        Ok(())
+    }
+
+    /// A part of the space whose event is yet to come (see [`Space::overtaken`]).
+    pub fn restore_overtaken(&mut self, id: SpaceId, span: Span) -> Result<(), PagesError> {
+        self.spaces.get_mut(&id).ok_or(PagesError::NoSpace(id))?.restore_overtaken(span);
         Ok(())
     }
 
@@ -571,7 +606,8 @@ impl Pages {
     /// The same of all spaces.
     pub fn complete(&self) -> bool {
         let prefetch = self.prefetch();
-        self.map_complete && self.spaces.keys().all(|id| prefetch.idle(*id))
+        let done = |(id, space): (&SpaceId, &Space)| prefetch.idle(*id) && !space.is_overtaken();
+        self.map_complete && self.spaces.iter().all(done)
     }
 
     /// How far the drain is.

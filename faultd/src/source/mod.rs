@@ -9,5 +9,6 @@ pub mod figures;
 pub mod interrupt;
 pub mod local;
 pub mod page_server;
+pub mod presend;
 pub mod record;
 pub mod session;
