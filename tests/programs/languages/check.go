@@ -29,7 +29,7 @@ func main() {
 		}
 	}
 	var stop atomic.Bool
-	var failures atomic.Int64
+	var failures, backwards atomic.Int64
 	var group sync.WaitGroup
 	numbers := make(chan int)
 	for worker := 0; worker < 8; worker++ {
@@ -48,11 +48,13 @@ func main() {
 	group.Add(1)
 	go func() {
 		defer group.Done()
-		// Not time.Now(): on a busy host the first tick may be older than this goroutine's first step.
-		for last := <-ticker.C; !stop.Load(); {
-			now := <-ticker.C
+		// Not the time that the tick carries: a thread that is held up between taking it and sending it
+		// sends it after the next one, which another thread took.
+		for last := time.Now(); !stop.Load(); {
+			<-ticker.C
+			now := time.Now()
 			if now.Before(last) {
-				failures.Add(1)
+				backwards.Add(1)
 			}
 			last = now
 			runtime.Gosched()
@@ -85,8 +87,8 @@ func main() {
 			}
 		}
 	}
-	if failures.Load() != 0 {
-		fmt.Println("FAIL:", failures.Load(), "differences")
+	if failures.Load()+backwards.Load() != 0 {
+		fmt.Println("FAIL:", failures.Load(), "differences,", backwards.Load(), "steps of the clock back")
 		os.Exit(1)
 	}
 	fmt.Println("OK")
