@@ -39,6 +39,19 @@ pub enum Error {
     /// The process can't be moved as it is now.
     #[error("{0}")]
     Refused(String),
+    /// More has changed since the last look than may be sent while the process is stopped.
+    #[error(
+        "{object}: {} KiB changed since they were last sent, and at most {} KiB may be sent while the \
+         process is stopped",
+        .bytes.div_ceil(1024),
+        crate::capture::presend::CHANGED_BYTES_MAX / 1024
+    )]
+    Changing {
+        /// What changes: a memfd, or private file mappings.
+        object: String,
+        /// How much, in bytes, as far as was looked.
+        bytes: u64,
+    },
     /// A manifest from a peer is not well-formed.
     #[error("manifest: {0}")]
     Manifest(String),

@@ -31,6 +31,10 @@ pub struct Manifest {
     /// Guard regions (`MADV_GUARD_INSTALL`), ascending.
     #[prost(message, repeated, tag = "7")]
     pub guards: Vec<AddressRange>,
+    /// Pages that were sent before the freeze and are the file's again, in mappings that are
+    /// [`Mapping::staged`]; ascending.
+    #[prost(message, repeated, tag = "8")]
+    pub reverted: Vec<AddressRange>,
 }
 
 /// A range of addresses.
@@ -122,6 +126,9 @@ pub struct Process {
     /// Layout of the XSAVE areas ([`crate::arch::xstate::XsaveLayout::to_words`]).
     #[prost(uint64, repeated, tag = "26")]
     pub xsave_layout: Vec<u64>,
+    /// What `mlockall(2)` says of mappings to come: `MCL_FUTURE`, perhaps with `MCL_ONFAULT`; or 0.
+    #[prost(uint32, tag = "27")]
+    pub future_locks: u32,
 }
 
 /// A kernel `struct sigaction` (64-bit layout).
@@ -276,6 +283,10 @@ pub struct Mapping {
     /// Name given by `prctl(PR_SET_VMA_ANON_NAME)` (empty when there is none).
     #[prost(bytes = "vec", tag = "10")]
     pub name: Vec<u8>,
+    /// The destination has it already, as (part of) a mapping that was sent before the freeze, with
+    /// all written pages but those in [`Manifest::pages`] and [`Manifest::reverted`].
+    #[prost(bool, tag = "11")]
+    pub staged: bool,
 }
 
 /// Bits of [`Mapping::flags`].
@@ -591,7 +602,7 @@ pub struct EpollWatch {
     pub data: u64,
 }
 
-/// A memfd; its content is sent apart, before the freeze.
+/// A memfd. Most of its content is sent before the freeze ([`crate::capture::presend`]).
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Memfd {
     /// Id within the manifest (its inode).
@@ -612,9 +623,15 @@ pub struct Memfd {
     /// Mode bits.
     #[prost(uint32, tag = "6")]
     pub mode: u32,
-    /// Content: data extents.
+    /// Content: data extents. Of one that was sent before the freeze: what has changed.
     #[prost(message, repeated, tag = "7")]
     pub extents: Vec<PageData>,
+    /// The destination has it already, with the content of before the freeze.
+    #[prost(bool, tag = "8")]
+    pub staged: bool,
+    /// What was sent before the freeze and reads as zeros now.
+    #[prost(message, repeated, tag = "9")]
+    pub zeros: Vec<AddressRange>,
 }
 
 /// A descriptor number.

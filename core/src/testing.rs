@@ -4,6 +4,7 @@
 #![allow(clippy::cast_ptr_alignment)]
 
 use crate::capture::files::{CapturedFiles, FileOptions, StdioPolicy, capture_files};
+use crate::capture::presend::Presend;
 use crate::preflight::Blocker;
 use crate::proc::holders::{Holders, objects_of};
 use crate::proc::maps;
@@ -85,7 +86,8 @@ impl Child {
     pub(crate) fn capture_with(&self, stdio: &StdioPolicy) -> Result<CapturedFiles, Vec<Blocker>> {
         let maps = maps::read(self.pid).unwrap();
         let holders = self.holders();
-        let options = FileOptions { stdio, holders: &holders, memfd_content: true };
+        let nothing_sent = Presend::new().unwrap();
+        let options = FileOptions { stdio, holders: &holders, content: Some(&nothing_sent) };
         capture_files(self.pid, &maps, &options)
     }
 

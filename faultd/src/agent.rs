@@ -64,7 +64,8 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     let address = listener.local_addr().map_err(|e| Error::io("read the address", e))?;
     listening(address);
     let sessions = Sessions::default();
-    start_reaper(Arc::clone(&sessions));
+    rundir::prune(&config.run_dir);
+    start_reaper(Arc::clone(&sessions), config.run_dir.clone());
     let undecided = Arc::new(Undecided::default());
     loop {
         let stream = match listener.accept() {
@@ -199,12 +200,14 @@ impl SessionArgs {
 }
 
 /// Reaps sessions and inits of moved processes, and forgets the routes of sessions that ended.
-fn start_reaper(sessions: Sessions) {
+fn start_reaper(sessions: Sessions, run_dir: PathBuf) {
     std::thread::spawn(move || {
         loop {
             match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) => {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
+                    // A session, or the init of a process that has ended.
+                    rundir::prune(&run_dir);
                 }
                 _ => std::thread::sleep(REAP_INTERVAL),
             }

@@ -98,6 +98,9 @@ pub struct BlackoutParts {
     pub restore_us: u64,
     /// Stopping the source copy for good, and the exchange that lets the destination run.
     pub commit_us: u64,
+    /// Bytes that were sent meanwhile: the manifest, with the pages that go with it.
+    #[serde(default)]
+    pub state_bytes: u64,
 }
 
 /// Figures that progress and the end of a migration share.

@@ -5,9 +5,10 @@ use crate::error::{Error, Result};
 
 /// Every point, in the order they are passed. All are before commit: failing there must leave the
 /// process running at the source as if nothing had happened.
-pub const ALL: [&str; 14] = [
+pub const ALL: [&str; 16] = [
     "source-connected",
     "source-lanes",
+    "source-staged",
     "source-scratch",
     "source-frozen",
     "source-captured",
@@ -17,6 +18,7 @@ pub const ALL: [&str; 14] = [
     "destination-hello",
     "destination-lanes",
     "destination-prepared",
+    "destination-staged",
     "destination-mapped",
     "destination-pages",
     "destination-restored",
@@ -35,4 +37,10 @@ pub fn pass(point: &'static str) -> Result<()> {
 /// `SLIPSTREAM_FOREIGN_VDSO` is set in the agent's environment.
 pub fn pretends_foreign_vdso() -> bool {
     std::env::var_os("SLIPSTREAM_FOREIGN_VDSO").is_some()
+}
+
+/// For tests on one machine: the source takes the destination for another host when
+/// `SLIPSTREAM_FOREIGN_BOOT` is set in the agent's environment.
+pub fn told_boot_id(own: String) -> String {
+    if std::env::var_os("SLIPSTREAM_FOREIGN_BOOT").is_some() { String::new() } else { own }
 }

@@ -8,6 +8,7 @@ pub mod error;
 pub mod events;
 pub mod failpoints;
 pub mod pages;
+mod placement;
 pub mod protocol;
 pub mod rundir;
 pub mod source;

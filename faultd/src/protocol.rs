@@ -7,7 +7,10 @@
 //! (lanes connect with that route)
 //!                  <-  ClockProbe ×n  ->    ClockReading
 //!                  <-                       Prepared
-//! freeze, capture
+//! Stage ×n, StagedPages ×n ->               makes and fills them
+//! StageEnd         ->
+//!                  <-                       Staged (again, while much changes)
+//! freeze, capture (too much changed: thaw, and Stage again)
 //! Manifest         ->                       restore
 //!                  <-                       Ready
 //! park, journal
@@ -20,11 +23,12 @@
 //! Before `Commit` either side may send `Abort`, or just go away: nothing has happened then.
 
 use prost::{Message, Oneof};
+use slipstream_core::manifest::{Mapping, Memfd};
 
 /// Largest message but the manifest.
 pub const MESSAGE_LEN_MAX: usize = 16 << 20;
 /// Largest manifest, pages that travel with it included.
-pub const MANIFEST_LEN_MAX: usize = 768 << 20;
+pub const MANIFEST_LEN_MAX: usize = 256 << 20;
 /// Page runs in one piece of the present map.
 pub const RUNS_PER_MAP: usize = 4096;
 
@@ -32,7 +36,7 @@ pub const RUNS_PER_MAP: usize = 4096;
 #[derive(Clone, PartialEq, Message)]
 pub struct FromSource {
     /// The message.
-    #[prost(oneof = "SourceMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "SourceMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub message: Option<SourceMessage>,
 }
 
@@ -63,13 +67,22 @@ pub enum SourceMessage {
     /// The source copy is gone; the end.
     #[prost(message, tag = "8")]
     Bye(Empty),
+    /// What is made before the freeze.
+    #[prost(message, tag = "9")]
+    Stage(Stage),
+    /// Content of what was made.
+    #[prost(message, tag = "10")]
+    StagedPages(StagedPages),
+    /// All of a round is sent.
+    #[prost(message, tag = "11")]
+    StageEnd(Empty),
 }
 
 /// From the destination.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromDestination {
     /// The message.
-    #[prost(oneof = "DestinationMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "DestinationMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub message: Option<DestinationMessage>,
 }
 
@@ -100,6 +113,9 @@ pub enum DestinationMessage {
     /// The destination gives up; before `Resumed` it means NEVER.
     #[prost(message, tag = "8")]
     Failed(Reason),
+    /// All of a round is in place.
+    #[prost(message, tag = "9")]
+    Staged(Empty),
 }
 
 /// Nothing to say.
@@ -201,6 +217,31 @@ pub struct Verdict {
     /// The destination's kernel has another vdso: no thread may be inside the old one.
     #[prost(bool, tag = "6")]
     pub foreign_vdso: bool,
+}
+
+/// What the new process gets before the freeze.
+#[derive(Clone, PartialEq, Message)]
+pub struct Stage {
+    /// Memfds, without content.
+    #[prost(message, repeated, tag = "1")]
+    pub memfds: Vec<Memfd>,
+    /// Private file mappings.
+    #[prost(message, repeated, tag = "2")]
+    pub mappings: Vec<Mapping>,
+}
+
+/// Pages of something made before the freeze.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct StagedPages {
+    /// The memfd's id, or `slipstream_core::capture::presend::OWN_MEMORY`.
+    #[prost(uint64, tag = "1")]
+    pub object: u64,
+    /// Offset or address of the first.
+    #[prost(uint64, tag = "2")]
+    pub address: u64,
+    /// Their content.
+    #[prost(bytes = "vec", tag = "3")]
+    pub bytes: Vec<u8>,
 }
 
 /// All threads are at the gate.

@@ -150,6 +150,30 @@ fn read_status(dir: &Path) -> Option<Status> {
     Some(status)
 }
 
+/// Exit notes that are kept.
+const EXITS_MAX: usize = 100;
+
+/// Removes the folders of moved processes that have ended, but for the newest: nobody else would.
+pub fn prune(run_dir: &Path) {
+    let Ok(dir) = fs::read_dir(run_dir) else { return };
+    let mut ended: Vec<_> = dir
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let name = path.file_name()?.to_str()?;
+            let id = name.strip_prefix(prefix(Role::Destination))?;
+            let exited = fs::metadata(path.join(EXIT)).ok()?.modified().ok()?;
+            is_id(id).then_some((exited, path))
+        })
+        .collect();
+    ended.sort_unstable();
+    let old = ended.len().saturating_sub(EXITS_MAX);
+    for (_, path) in &ended[..old] {
+        if let Err(e) = fs::remove_dir_all(path) {
+            tracing::warn!("cannot remove {}: {e}", path.display());
+        }
+    }
+}
+
 /// The status files of a run directory. Unreadable ones are left out: they may just be going away.
 pub fn list(run_dir: &Path) -> Result<Vec<Status>> {
     let dir = match fs::read_dir(run_dir) {
@@ -170,6 +194,31 @@ mod tests {
     fn ids_are_names() {
         assert!(is_id(&new_id().unwrap()));
         assert!(!is_id("../../../etc"));
+    }
+
+    #[test]
+    fn the_newest_exit_notes_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let running = MigrationDir::create(&run_dir, Role::Destination, "aaaaaaaaaaaa").unwrap();
+        let source = MigrationDir::create(&run_dir, Role::Source, "bbbbbbbbbbbb").unwrap();
+        source.write(EXIT, b"exit status 0").unwrap();
+        let start = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+        let ended: Vec<MigrationDir> = (0..EXITS_MAX as u64 + 3)
+            .map(|i| {
+                let id = format!("{i:012x}");
+                let dir = MigrationDir::create(&run_dir, Role::Destination, &id).unwrap();
+                dir.write(EXIT, b"exit status 0").unwrap();
+                let exit = fs::File::options().write(true).open(dir.file(EXIT)).unwrap();
+                exit.set_modified(start + std::time::Duration::from_secs(i)).unwrap();
+                dir
+            })
+            .collect();
+        prune(&run_dir);
+        assert!(running.path.exists() && source.path.exists());
+        let left: Vec<bool> = ended.iter().map(|dir| dir.path.exists()).collect();
+        assert_eq!(left[..3], [false; 3]);
+        assert!(left[3..].iter().all(|exists| *exists));
     }
 
     #[test]

@@ -23,6 +23,8 @@ moved_programs! {
     drain_protect,
     drain_touch,
     drain_shared,
+    drain_punch,
+    drain_moves,
     drain_signals,
     drain_exit,
     drain_thread_exit,

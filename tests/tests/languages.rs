@@ -7,6 +7,7 @@ use std::time::Duration;
 use slipstream_tests::build::{on_path, profile_dir};
 use slipstream_tests::compare::Untouched;
 use slipstream_tests::migration::code::REFUSED;
+use slipstream_tests::process::Inventory;
 use slipstream_tests::{Hosts, Program, Side, skipped, wait};
 
 fn source(file: &str) -> PathBuf {
@@ -132,6 +133,11 @@ fn redis_is_refused_and_serves_on() {
         (ask(&["ping"]) == "PONG").then_some(())
     });
     assert_eq!(ask(&["set", "key", "value"]), "OK");
+    // It listens on two, and closes that of a client some time after the client has ended.
+    wait::until("redis to have no client", Duration::from_secs(20), || {
+        let sockets = Inventory::of(program.pid).descriptors.into_values();
+        (sockets.filter(|name| name == "socket").count() == 2).then_some(())
+    });
     let before = Untouched::remember(program.pid);
     hosts.migrate(&program, &agent).wait().assert_refused(REFUSED, &["fd ", "socket"]);
     before.assert_untouched();

@@ -23,6 +23,7 @@ moved_programs! {
     memfd_mapped,
     prot_none,
     locked,
+    locked_future,
     fork_flags,
     vdso_clock,
     sparse,

@@ -13,7 +13,7 @@ use crate::socket::{Socket, Wait};
 use nix::sys::socket::Shutdown;
 use std::io;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,12 @@ impl Closer {
     /// Ends the connection: calls that wait on it, here and at the peer, return.
     pub fn close(&self) {
         self.0.shutdown(Shutdown::Both);
+    }
+}
+
+impl AsFd for Closer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -92,7 +92,7 @@ pub struct Extent {
 }
 
 /// The source's memory, as a page server sees it. Any errno it fails with travels to the destination.
-pub trait PageSource: Sync {
+pub trait PageSource {
     /// What begins at `address`.
     fn extent(&self, address: u64, len_bytes: u32) -> io::Result<Extent>;
 

@@ -4,11 +4,12 @@
 //! thread that a faulting program waits for can't run there meanwhile (measured: 300 KiB sent over loopback take as long as
 //! three faults). So while faults come, bulk lanes send and receive one record at a time; when none does, many.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Bulk lanes are short of breath for so long after a fault.
 const AFTER_FAULT: Duration = Duration::from_millis(2);
+const NO_CPU: u32 = u32::MAX;
 
 /// Shared by the lanes of one side of a migration.
 #[derive(Debug)]
@@ -16,11 +17,17 @@ pub struct Pace {
     start: Instant,
     /// Microseconds after `start` up to which there is hurry.
     hurry_until_us: AtomicU64,
+    /// Where urgent work is done, if it is done on one CPU.
+    cpu: AtomicU32,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Pace { start: Instant::now(), hurry_until_us: AtomicU64::new(0) }
+        Pace {
+            start: Instant::now(),
+            hurry_until_us: AtomicU64::new(0),
+            cpu: AtomicU32::new(NO_CPU),
+        }
     }
 }
 
@@ -29,6 +36,22 @@ impl Pace {
     pub fn hurry(&self) {
         let until = self.start.elapsed() + AFTER_FAULT;
         self.hurry_until_us.store(until.as_micros() as u64, Relaxed);
+    }
+
+    /// Urgent work is done on this CPU from now on.
+    pub fn settle_on(&self, cpu: u32) {
+        self.cpu.store(cpu, Relaxed);
+    }
+
+    /// The CPU of urgent work, if there is any now.
+    pub fn urgent_cpu(&self) -> Option<u32> {
+        let cpu = self.cpu.load(Relaxed);
+        (cpu != NO_CPU && self.is_hurried()).then_some(cpu)
+    }
+
+    /// True if urgent and bulk work have to share CPUs now.
+    pub fn is_cramped(&self) -> bool {
+        self.cpu.load(Relaxed) == NO_CPU && self.is_hurried()
     }
 
     /// True if a page was urgent a moment ago.
@@ -48,7 +71,11 @@ mod tests {
         assert!(!pace.is_hurried());
         pace.hurry();
         assert!(pace.is_hurried());
+        assert_eq!(pace.urgent_cpu(), None);
+        pace.settle_on(3);
+        assert_eq!(pace.urgent_cpu(), Some(3));
         std::thread::sleep(2 * AFTER_FAULT);
         assert!(!pace.is_hurried());
+        assert_eq!(pace.urgent_cpu(), None);
     }
 }

@@ -229,9 +229,9 @@ impl RecordReader {
         self.start = 0;
     }
 
-    /// Has a call receive at most so many records.
-    pub(crate) fn limit(&mut self, records: usize) {
-        self.limit_bytes = records.saturating_mul(RECORD_LEN_BYTES_MAX);
+    /// Has a call receive at most so many bytes.
+    pub(crate) fn limit(&mut self, bytes: usize) {
+        self.limit_bytes = bytes;
     }
 
     fn receive(&mut self, socket: &Socket, block: Block) -> Result<Fill> {

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::socket::{self, MsgFlags, Shutdown, SockaddrStorage, sockopt};
 use nix::sys::time::TimeSpec;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -162,6 +162,12 @@ impl Socket {
 
     fn io(&self, what: &'static str, errno: Errno) -> Error {
         Error::Io { peer: self.peer(), what, source: errno.into() }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

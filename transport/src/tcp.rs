@@ -26,6 +26,10 @@ use std::sync::Arc;
 
 /// Records of pages that are sent by one call and received by one call, if there are so many: about 256 KiB.
 const PAGE_RECORDS: usize = 5;
+/// Pages that a bulk lane reads, sends, receives and has installed at a time while it shares CPUs with urgent work.
+const CRAMPED_LEN_BYTES: u32 = 16 << 10;
+/// Most that a bulk lane receives at a time meanwhile: such a record and what goes with it.
+const CRAMPED_RECV_BYTES: usize = CRAMPED_LEN_BYTES as usize + 1024;
 /// Records of requests at full length: room for all that may be outstanding, even if each request comes in a record of
 /// its own, and for one more record that fills while others wait for room in the socket.
 const REQUEST_RECORDS: usize = 3;
@@ -84,7 +88,8 @@ impl TcpPageLane {
                 self.record = range;
                 return Ok(true);
             }
-            self.reader.limit(if self.pace.is_hurried() { 1 } else { PAGE_RECORDS });
+            let cramped = self.pace.is_cramped();
+            self.reader.limit(if cramped { CRAMPED_RECV_BYTES } else { usize::MAX });
             let block = if self.outstanding.is_empty() { Block::No } else { block };
             let fill = if block == Block::No || self.writer.flush(&self.socket, Block::No)? {
                 self.reader.fill(&self.socket, block)?
@@ -250,7 +255,12 @@ impl PageServer {
             self.make_room(REPLY_HEAD_LEN_BYTES + PAGE_LEN_BYTES as usize)?;
             let room = (self.writer.room() - REPLY_HEAD_LEN_BYTES) as u32;
             let single = address < single_until;
-            let len_max = if single { PAGE_LEN_BYTES } else { REPLY_DATA_LEN_BYTES_MAX };
+            let cramped = self.pace.is_cramped();
+            let len_max = match (single, cramped) {
+                (true, _) => PAGE_LEN_BYTES,
+                (false, true) => CRAMPED_LEN_BYTES,
+                (false, false) => REPLY_DATA_LEN_BYTES_MAX,
+            };
             let len = left.min(len_max).min(room - room % PAGE_LEN_BYTES);
             let space = self.writer.space(REPLY_HEAD_LEN_BYTES + len as usize);
             let (head, data) = space.split_at_mut(REPLY_HEAD_LEN_BYTES);
@@ -264,6 +274,9 @@ impl PageServer {
                     continue;
                 }
                 Err(error) => self.no_data(address, len, &Content::Failed(errno_of(&error)))?,
+            }
+            if cramped {
+                self.flush()?;
             }
             address += u64::from(len);
             left -= len;
@@ -283,7 +296,7 @@ impl PageServer {
     fn make_room(&mut self, len: usize) -> Result<()> {
         if self.writer.room() < len {
             self.writer.seal(&self.socket)?;
-            if !self.writer.fits_record() || self.pace.is_hurried() {
+            if !self.writer.fits_record() {
                 self.flush()?;
             }
         }

@@ -6,7 +6,8 @@
 use crate::arch::syscall_restart::name_restarted;
 use crate::arch::xstate::XsaveLayout;
 use crate::capture::files::{FileOptions, StdioPolicy, capture_files};
-use crate::capture::pages::{collect_guards, collect_pages};
+use crate::capture::pages::{certain_runs, collect_guards, read_runs, unstaged_runs};
+use crate::capture::presend::{CHANGED_BYTES_MAX, Presend};
 use crate::capture::state::outside::{Host, process_outside, thread_outside};
 use crate::capture::state::remote::{ProcessProbe, ThreadProbe, time_left};
 use crate::capture::state::sleep::Sleeps;
@@ -18,7 +19,8 @@ use crate::preflight::Blocker;
 use crate::proc::classify::{Unclassified, classify};
 use crate::proc::holders::Holders;
 use crate::proc::maps::{self, MapLine};
-use crate::proc::smaps::{self, SmapsEntry};
+use crate::proc::smaps::{self, SmapsEntry, VmFlags};
+use crate::sys::mem::ProcMem;
 use crate::sys::pagemap::{Pagemap, Wanted};
 use crate::sys::{ptrace, task};
 
@@ -51,23 +53,37 @@ pub fn uses_guards(pid: i32) -> Result<bool> {
 }
 
 /// Captures a frozen process. Afterwards its threads are still stopped, and thaw exactly.
-pub fn capture(frozen: &Frozen, scratch: &SourceScratch, prior: &Prior) -> Result<Manifest> {
+/// What the destination has already is left out; [`Error::Changing`] if the rest is too much.
+pub fn capture(
+    frozen: &Frozen,
+    scratch: &SourceScratch,
+    prior: &Prior,
+    presend: &Presend,
+) -> Result<Manifest> {
     let pid = frozen.pid();
     refuse_children(pid, frozen)?;
     let mut process = process_outside(&prior.host, pid)?;
     let (mut threads, switches) = threads_outside(frozen, prior)?;
     run_probes(frozen, scratch, &mut process, &mut threads)?;
+    process.future_locks = future_locks(&prior.smaps, scratch);
     process.xsave_layout = XsaveLayout::this_cpu().to_words();
     finish_registers(frozen, scratch, &prior.sleeps, &switches, &mut threads);
     let lines = own_lines(pid, scratch)?;
-    let options = FileOptions { stdio: &prior.stdio, holders: &prior.holders, memfd_content: true };
+    let options =
+        FileOptions { stdio: &prior.stdio, holders: &prior.holders, content: Some(presend) };
     let captured = capture_files(pid, &lines, &options).map_err(|b| refuse(&b))?;
     if let Some(object) = captured.unexamined.first() {
         return Err(Error::Refused(format!(
             "process {pid} opened {object:?} while it was being frozen; try again"
         )));
     }
-    let mappings = classify_frozen(pid, &lines, prior, &captured.files)?;
+    if let Some((object, bytes)) = captured.changing {
+        return Err(Error::Changing { object, bytes });
+    }
+    let mut mappings = classify_frozen(pid, &lines, prior, &captured.files)?;
+    for v in &mut mappings {
+        v.staged = presend.builds_on(v, &lines);
+    }
     let mut manifest = Manifest {
         process,
         mappings,
@@ -76,16 +92,52 @@ pub fn capture(frozen: &Frozen, scratch: &SourceScratch, prior: &Prior) -> Resul
         descriptors: captured.descriptors,
         pages: Vec::new(),
         guards: Vec::new(),
+        reverted: Vec::new(),
     };
     let map = Pagemap::open(pid)?;
     if prior.uses_guards {
         manifest.guards = collect_guards(&manifest.mappings, &map)?;
     }
-    manifest.pages = collect_pages(pid, &manifest, scratch.mem(), &map)?;
+    let room = CHANGED_BYTES_MAX.saturating_sub(captured.content_bytes);
+    collect_pages(pid, &mut manifest, scratch.mem(), &map, presend, room)?;
     for address in frozen.threads().iter().filter_map(|t| t.rseq_cs_at) {
         clear_word(&mut manifest.pages, address);
     }
     Ok(manifest)
+}
+
+/// Whether new mappings are locked, which no file tells: our own is one.
+fn future_locks(smaps: &[SmapsEntry], scratch: &SourceScratch) -> u32 {
+    let ours = |e: &&SmapsEntry| e.line.start == scratch.range().start;
+    match smaps.iter().find(ours).map(|e| e.flags) {
+        Some(flags) if flags.has(VmFlags::LOCKED | VmFlags::LOCK_ON_FAULT) => {
+            (libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32
+        }
+        Some(flags) if flags.has(VmFlags::LOCKED) => libc::MCL_FUTURE as u32,
+        _ => 0,
+    }
+}
+
+/// Adds the pages that travel with the manifest, of private file mappings at most `room` bytes.
+fn collect_pages(
+    pid: i32,
+    m: &mut Manifest,
+    mem: &ProcMem,
+    map: &Pagemap,
+    presend: &Presend,
+    room: u64,
+) -> Result<()> {
+    let unstaged = unstaged_runs(m, map)?;
+    let bytes: u64 = unstaged.iter().map(|r| r.end - r.start).sum();
+    let Some(room) = room.checked_sub(bytes) else {
+        return Err(Error::Changing { object: "private file mappings".into(), bytes });
+    };
+    let changes = presend.private_changes(pid, m, mem, map, room)?;
+    m.pages = changes.pages;
+    m.reverted = changes.reverted;
+    m.pages.extend(read_runs(pid, mem, &unstaged)?);
+    m.pages.extend(read_runs(pid, mem, &certain_runs(m, mem, map)?)?);
+    Ok(())
 }
 
 /// A child that was forked since preflight: its parent must not leave it.

@@ -11,9 +11,11 @@ mod memfd;
 mod paths;
 mod pipes;
 
+pub(crate) use memfd::data_runs;
 pub use paths::file_id;
 pub(crate) use paths::lookup_root;
 
+use crate::capture::presend::Presend;
 use crate::error::Error;
 use crate::manifest::{Descriptor, FileId, FileKind, OpenFile, PathFile};
 use crate::preflight::Blocker;
@@ -50,8 +52,8 @@ pub struct FileOptions<'a> {
     pub stdio: &'a StdioPolicy,
     /// Who else holds this process's pipes and memory, from before the freeze.
     pub holders: &'a Holders,
-    /// Read the content of memfds (which takes as long as there is content) or leave it out.
-    pub memfd_content: bool,
+    /// Read what the destination has not yet of the content of memfds, or leave all content out.
+    pub content: Option<&'a Presend>,
 }
 
 /// The open files of a process.
@@ -63,9 +65,15 @@ pub struct CapturedFiles {
     pub descriptors: Vec<Descriptor>,
     /// Pipes and memory that [`FileOptions::holders`] was not asked about, because they are newer.
     pub unexamined: Vec<Object>,
+    /// Where each memfd can be opened, by [`crate::manifest::Memfd::inode`].
+    pub memfd_paths: BTreeMap<u64, String>,
+    /// Bytes of content of memfds.
+    pub content_bytes: u64,
+    /// A memfd whose content is too much to be sent while the process is stopped, and how many bytes.
+    pub changing: Option<(String, u64)>,
 }
 
-/// The most content of all memfds together.
+/// The most content of all memfds together: all of it is looked at while the process is stopped.
 pub const MEMFD_BYTES_MAX: u64 = 256 << 20;
 
 const O_CLOEXEC: u32 = libc::O_CLOEXEC as u32;

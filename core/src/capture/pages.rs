@@ -1,48 +1,22 @@
 //! The pages that travel with the manifest: those certain to be touched at once, those the kernel
 //! itself writes (a missing page would lose the write), and written pages of private file mappings,
-//! which can't be fetched on demand.
+//! which can't be fetched on demand, as far as they were not sent before ([`super::presend`]).
 
 use crate::arch::Regs;
-use crate::error::{Error, Result};
+use crate::capture::presend::written_runs;
+use crate::error::Result;
 use crate::manifest::{AddressRange, Manifest, Mapping, MappingKind, PageData};
 use crate::restore::memory::is_lazy;
 use crate::sys::mem::{ProcMem, read_process};
-use crate::sys::pagemap::{PageRun, Pagemap, Wanted};
+use crate::sys::pagemap::{Pagemap, Wanted};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 const PAGE: u64 = 4096;
 /// Argument and environment areas larger than this are left to faults.
 const ARGS_LEN_MAX: u64 = 128 * 1024;
 /// Entries of a robust futex list that are looked at (`ROBUST_LIST_LIMIT` of the kernel is 2048).
 const ROBUST_ENTRIES_MAX: usize = 64;
-/// Written pages of private file mappings that may travel while the process is frozen.
-pub const WRITTEN_LEN_MAX: u64 = 256 << 20;
-
-/// Reads the pages that travel with the manifest.
-pub fn collect_pages(
-    pid: i32,
-    m: &Manifest,
-    mem: &ProcMem,
-    map: &Pagemap,
-) -> Result<Vec<PageData>> {
-    let mut runs = written_runs(m, map)?;
-    let written: u64 = runs.iter().map(|r| r.end - r.start).sum();
-    if written > WRITTEN_LEN_MAX {
-        return Err(Error::Refused(format!(
-            "{} MiB of private file mappings were written, and at most {} MiB can be sent while the \
-             process is stopped; map the file shared, or read it into memory",
-            written >> 20,
-            WRITTEN_LEN_MAX >> 20
-        )));
-    }
-    for page in certain_pages(m, mem) {
-        if map.exists(page)? {
-            runs.push(PageRun { start: page, end: page + PAGE, huge: false });
-        }
-    }
-    runs.iter().map(|r| read_run(pid, mem, r)).collect()
-}
-
 /// Finds guard regions in anonymous memory.
 pub fn collect_guards(mappings: &[Mapping], map: &Pagemap) -> Result<Vec<AddressRange>> {
     let mut guards: Vec<AddressRange> = Vec::new();
@@ -55,7 +29,12 @@ pub fn collect_guards(mappings: &[Mapping], map: &Pagemap) -> Result<Vec<Address
     Ok(guards)
 }
 
-fn read_run(pid: i32, mem: &ProcMem, run: &PageRun) -> Result<PageData> {
+/// Reads runs of pages.
+pub fn read_runs(pid: i32, mem: &ProcMem, runs: &[Range<u64>]) -> Result<Vec<PageData>> {
+    runs.iter().map(|run| read_run(pid, mem, run)).collect()
+}
+
+fn read_run(pid: i32, mem: &ProcMem, run: &Range<u64>) -> Result<PageData> {
     let mut bytes = vec![0u8; (run.end - run.start) as usize];
     if read_process(pid, run.start, &mut bytes) != Ok(bytes.len()) {
         mem.read(run.start, &mut bytes)?;
@@ -63,10 +42,22 @@ fn read_run(pid: i32, mem: &ProcMem, run: &PageRun) -> Result<PageData> {
     Ok(PageData { address: run.start, bytes })
 }
 
-fn written_runs(m: &Manifest, map: &Pagemap) -> Result<Vec<PageRun>> {
+/// Written pages of private file mappings that the destination has nothing of.
+pub fn unstaged_runs(m: &Manifest, map: &Pagemap) -> Result<Vec<Range<u64>>> {
     let mut runs = Vec::new();
-    for v in m.mappings.iter().filter(|v| is_private_file(v)) {
-        map.scan(v.start, v.end, Wanted::Written, &mut |r| runs.push(r))?;
+    for v in m.mappings.iter().filter(|v| is_private_file(v) && !v.staged) {
+        runs.extend(written_runs(v, map)?);
+    }
+    Ok(runs)
+}
+
+/// Pages of lazy mappings that travel with the manifest.
+pub fn certain_runs(m: &Manifest, mem: &ProcMem, map: &Pagemap) -> Result<Vec<Range<u64>>> {
+    let mut runs = Vec::new();
+    for page in certain_pages(m, mem) {
+        if map.exists(page)? {
+            runs.push(page..page + PAGE);
+        }
     }
     Ok(runs)
 }

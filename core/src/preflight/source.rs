@@ -14,6 +14,7 @@ pub use state::stopped;
 use super::requirements::Requirements;
 use super::{Blocker, digest};
 use crate::capture::files::{CapturedFiles, FileOptions, StdioPolicy, capture_files};
+use crate::capture::presend::WRITTEN_LEN_MAX;
 use crate::manifest::{FileKind, Mapping};
 use crate::proc::classify::{self, Unclassified};
 use crate::proc::holders::{Holders, Object, objects_of};
@@ -125,8 +126,8 @@ fn memory_and_files(
         .map_err(|e| blockers.push(unknown(e)))
         .ok()?;
     shared_memory(&maps, &holders, blockers);
-    let file_options =
-        FileOptions { stdio: &options.stdio, holders: &holders, memfd_content: false };
+    written_pages(&smaps, blockers);
+    let file_options = FileOptions { stdio: &options.stdio, holders: &holders, content: None };
     let files = capture_files(pid, &maps, &file_options);
     let none = CapturedFiles::default();
     let known = files.as_ref().unwrap_or(&none);
@@ -161,6 +162,30 @@ fn shared_memory(maps: &[MapLine], holders: &Holders, blockers: &mut Vec<Blocker
                 "move it when the other process has ended",
             ));
         }
+    }
+}
+
+/// More written pages of private file mappings than can be compared while the process is stopped.
+fn written_pages(smaps: &[SmapsEntry], blockers: &mut Vec<Blocker>) {
+    let of_file =
+        |e: &&SmapsEntry| !e.line.shared && e.line.ino != 0 && e.line.path.starts_with(b"/");
+    let written = |e: &SmapsEntry| e.anonymous_bytes + e.swap_bytes;
+    let files = || smaps.iter().filter(of_file);
+    let bytes: u64 = files().map(written).sum();
+    let Some(largest) = files().max_by_key(|e| written(e)) else { return };
+    if bytes > WRITTEN_LEN_MAX {
+        let line = &largest.line;
+        blockers.push(Blocker::new(
+            format!("mapping {:x}-{:x}", line.start, line.end),
+            format!(
+                "{} MiB of {} and other private file mappings were written, and at most {} MiB can be \
+                 moved",
+                bytes >> 20,
+                String::from_utf8_lossy(&line.path),
+                WRITTEN_LEN_MAX >> 20
+            ),
+            "map the files shared, or read them into memory",
+        ));
     }
 }
 

@@ -108,6 +108,7 @@ fn mapping(line: &MapLine, entry: &SmapsEntry, kind: MappingKind, object: u32) -
         object,
         page_size: entry.page_size as u32,
         name: anon_name(&line.path).to_vec(),
+        staged: false,
     }
 }
 

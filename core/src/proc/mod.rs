@@ -5,6 +5,7 @@
 
 pub mod claim;
 pub mod classify;
+pub mod cpu;
 pub mod fdinfo;
 pub mod holders;
 pub mod limits;

@@ -1,8 +1,9 @@
 //! Whether a manifest from a peer is well-formed, before anything is built from it.
 
 use crate::arch::Regs;
+use crate::capture::presend::CHANGED_BYTES_MAX;
 use crate::error::{Error, Result};
-use crate::manifest::{AddressRange, Manifest, MappingKind};
+use crate::manifest::{AddressRange, Manifest, Mapping, MappingKind};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -36,31 +37,43 @@ fn check_mappings(m: &Manifest, reserved: &Range<u64>) -> Result<()> {
     }
     let mut last = 0;
     for v in &m.mappings {
-        let Ok(kind) = MappingKind::try_from(v.kind) else {
-            return bad(format!("mapping {:#x} is of unknown kind {}", v.start, v.kind));
-        };
-        let size = u64::from(v.page_size);
-        let sound = v.start >= last && v.start < v.end && v.end <= ADDRESS_MAX;
-        let page_ok = size.is_power_of_two() && (PAGE..=1 << 30).contains(&size);
-        if !sound
-            || !page_ok
-            || !v.start.is_multiple_of(size)
-            || !v.end.is_multiple_of(size)
-            || !v.offset.is_multiple_of(PAGE)
-        {
-            return bad(format!("mapping {:#x}-{:#x} is malformed", v.start, v.end));
+        if v.start < last {
+            return bad(format!("mapping {:#x} is not behind the one before", v.start));
         }
-        if v.start < reserved.end && v.end > reserved.start {
-            return Err(Error::Refused(format!(
-                "the process mapped {:#x}-{:#x} where restore has its scratch memory; try again",
-                v.start, v.end
-            )));
-        }
-        let needs_path = matches!(kind, MappingKind::FilePrivate | MappingKind::FileShared);
-        if needs_path && !v.path.starts_with(b"/") {
-            return bad(format!("mapping {:#x} has no path", v.start));
-        }
+        check_mapping(v, reserved)?;
         last = v.end;
+    }
+    Ok(())
+}
+
+/// Checks one mapping. `reserved` is the scratch range.
+pub(super) fn check_mapping(v: &Mapping, reserved: &Range<u64>) -> Result<()> {
+    let Ok(kind) = MappingKind::try_from(v.kind) else {
+        return bad(format!("mapping {:#x} is of unknown kind {}", v.start, v.kind));
+    };
+    let size = u64::from(v.page_size);
+    let page_ok = size.is_power_of_two() && (PAGE..=1 << 30).contains(&size);
+    if v.start >= v.end
+        || v.end > ADDRESS_MAX
+        || !page_ok
+        || !v.start.is_multiple_of(size)
+        || !v.end.is_multiple_of(size)
+        || !v.offset.is_multiple_of(PAGE)
+    {
+        return bad(format!("mapping {:#x}-{:#x} is malformed", v.start, v.end));
+    }
+    if v.start < reserved.end && v.end > reserved.start {
+        return Err(Error::Refused(format!(
+            "the process mapped {:#x}-{:#x} where restore has its scratch memory; try again",
+            v.start, v.end
+        )));
+    }
+    let needs_path = matches!(kind, MappingKind::FilePrivate | MappingKind::FileShared);
+    if needs_path && !v.path.starts_with(b"/") {
+        return bad(format!("mapping {:#x} has no path", v.start));
+    }
+    if v.staged && kind != MappingKind::FilePrivate {
+        return bad(format!("mapping {:#x} can't have been sent before", v.start));
     }
     Ok(())
 }
@@ -109,6 +122,9 @@ fn check_pages(m: &Manifest) -> Result<()> {
     };
     if m.guards.len() > GUARDS_MAX || !m.guards.iter().all(sound) {
         return bad("guard regions");
+    }
+    if m.reverted.len() as u64 > CHANGED_BYTES_MAX / PAGE || !m.reverted.iter().all(sound) {
+        return bad("reverted pages");
     }
     for run in &m.pages {
         let len = run.bytes.len() as u64;

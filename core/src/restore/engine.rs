@@ -6,7 +6,7 @@ use crate::arch::syscall_restart::{self, Resume, Timed};
 use crate::arch::vdso;
 use crate::arch::xstate::{XsaveLayout, uses_tile_data};
 use crate::error::{Error, Result};
-use crate::manifest::{Manifest, MappingKind, PageData, Thread};
+use crate::manifest::{Manifest, Mapping, MappingKind, Memfd, PageData, Thread};
 use crate::program::{Arg, Op, Program};
 use crate::restore::check::check_manifest;
 use crate::restore::files::{place_files, plan_files};
@@ -15,6 +15,7 @@ use crate::restore::memory::{
 };
 use crate::restore::newborn::{InitConfig, Newborn, end_stage, launch, own_vdso, plan_empty};
 use crate::restore::scratch::{Gate, Scratch, VDSO_LEN, gate};
+use crate::restore::staged::Staged;
 use crate::restore::state::{creds, process, thread, timers};
 use crate::sys::clone::{CLONE_ARGS_LEN, CloneArgs};
 use crate::sys::mem::ProcMem;
@@ -63,6 +64,10 @@ pub struct Restorer {
     scratch: Scratch,
     newborn: Newborn,
     vdso: VdsoParts,
+    /// Stages that are done.
+    stages: u32,
+    /// What came before the freeze.
+    staged: Staged,
 }
 
 /// The address space is built; its pages are missing.
@@ -110,7 +115,8 @@ impl Restorer {
         };
         let vdso = VdsoParts { own: own_vdso(), foreign: config.foreign_vdso.clone() };
         let newborn = launch(&config.exe, &config.init_subcommand, &init, &scratch, gate)?;
-        let restorer = Self { scratch, newborn, vdso };
+        let staged = Staged::default();
+        let restorer = Self { scratch, newborn, vdso, stages: 1, staged };
         match restorer.wait(1, &[&empty]) {
             Ok(()) => Ok(restorer),
             Err(e) => {
@@ -141,19 +147,43 @@ impl Restorer {
         self.scratch.wait_events(events, deadline, programs, &|| !self.newborn.process.exited())
     }
 
-    /// Stage 1: descriptors, mappings, userfaultfd.
+    /// Has the process work through a program, at whose end it waits for the next one.
+    fn run_stage(&mut self, mut p: Program) -> Result<(Program, Vec<u8>)> {
+        end_stage(&self.scratch, &mut p, self.stages + 1);
+        self.scratch.place(&p)?;
+        self.scratch.go_on(self.stages, p.entries_base());
+        self.stages += 1;
+        self.wait(self.stages, &[&p])?;
+        let ran = self.scratch.ran(&p);
+        Ok((p, ran))
+    }
+
+    /// Before the freeze: makes memfds, without content, and private file mappings.
+    pub fn stage(&mut self, memfds: &[Memfd], mappings: &[Mapping]) -> Result<()> {
+        self.staged.check_new(memfds, mappings, &self.scratch.range())?;
+        let mut p = self.scratch.program(64 + 8 * memfds.len() + 4 * mappings.len());
+        let made = self.staged.plan(memfds, mappings, &mut p);
+        let (_, ran) = self.run_stage(p)?;
+        self.staged.made(memfds, mappings, &made, &ran, &self.newborn.process)
+    }
+
+    /// Before the freeze: pages of a memfd, or of the process's private file mappings.
+    pub fn stage_pages(&mut self, object: u64, address: u64, bytes: &[u8]) -> Result<()> {
+        self.staged.write(object, address, bytes)
+    }
+
+    /// After the freeze: descriptors, mappings, userfaultfd.
     pub fn map(&mut self, m: &Manifest) -> Result<Mapped> {
         check_manifest(m, &self.scratch.range())?;
-        let mut p = self.scratch.program(entries_of_map(m));
-        let files = plan_files(m, &mut p, &[])?;
-        plan_mappings(m, &self.scratch, &self.vdso, &files, &mut p)?;
+        let staged = std::mem::take(&mut self.staged);
+        staged.finish_memfds(m)?;
+        let room = entries_of_map(m) + staged.entries();
+        let mut p = self.scratch.program(room);
+        let files = plan_files(m, &mut p, &[], &staged.memfd_numbers())?;
+        plan_mappings(m, &self.scratch, &self.vdso, &files, staged.mappings(), &mut p)?;
         place_files(m, &files, &mut p);
         let plan = plan_faults(m, &mut p);
-        end_stage(&self.scratch, &mut p, 2);
-        self.scratch.place(&p)?;
-        self.scratch.go_on(1, p.entries_base());
-        self.wait(2, &[&p])?;
-        let ran = self.scratch.ran(&p);
+        let (_, ran) = self.run_stage(p)?;
         let number = |r| {
             Program::result(&ran, r)
                 .map(|fd| fd as i32)
@@ -196,7 +226,7 @@ impl Restorer {
         mem.write(v.start, &image)
     }
 
-    /// Stage 2: process state, threads, everything up to the gate. Returns threads that wait with a
+    /// The last stage: process state, threads, everything up to the gate. Returns threads that wait with a
     /// time-out.
     pub fn finish(&mut self, m: &Manifest, mapped: &Mapped) -> Result<Vec<TimedThread>> {
         let here = XsaveLayout::this_cpu();
@@ -227,8 +257,8 @@ impl Restorer {
         let leader = p.next_address();
         self.plan_leader(m, frames[0], never, &followers, mapped.own_fds, &mut p)?;
         self.scratch.place(&p)?;
-        self.scratch.go_on(2, leader);
-        self.wait(3, &[&p])?;
+        self.scratch.go_on(self.stages, leader);
+        self.wait(self.stages + 1, &[&p])?;
         Ok(timed)
     }
 
@@ -376,6 +406,7 @@ fn entries_of_map(m: &Manifest) -> usize {
         })
         .sum();
     512 + m.guards.len()
+        + m.reverted.len()
         + 12 * m.mappings.len()
         + 32 * m.files.len()
         + 4 * m.descriptors.len()

@@ -6,7 +6,7 @@
 //! (the lowest free number) never collides with anything, whatever the process's numbers are.
 
 mod kinds;
-mod memory;
+pub(super) mod memory;
 mod pipes;
 
 use crate::error::{Error, Result};
@@ -74,16 +74,19 @@ pub fn numbers_end(manifest: &Manifest) -> i32 {
 }
 
 /// Appends what opens every description of `manifest`, at high numbers, in a process that has no
-/// descriptors but `reserved`. The soft limit on descriptors is raised as far as that needs (the hard
+/// descriptors but `reserved` and memfds made before (`staged`: ids and numbers), which become the
+/// manifest's. The soft limit on descriptors is raised as far as that needs (the hard
 /// limit is left), and `/proc` must be that of the process's PID namespace. Paths are the session's:
 /// the program runs before the process takes on its root directory and credentials.
 pub fn plan_files(
     manifest: &Manifest,
     program: &mut Program,
     reserved: &[i32],
+    staged: &[(u64, i32)],
 ) -> Result<PlannedFiles> {
     check(manifest, reserved)?;
-    let highest = reserved.iter().copied().max().unwrap_or(-1).max(numbers_end(manifest) - 1);
+    let taken = reserved.iter().copied().chain(staged.iter().map(|s| s.1));
+    let highest = taken.max().unwrap_or(-1).max(numbers_end(manifest) - 1);
     let base = highest + 1 + ROOM;
     let next = base + manifest.files.len() as i32;
     let mut planner = Planner {
@@ -91,8 +94,14 @@ pub fn plan_files(
         program,
         planned: PlannedFiles { base, next, memfds: HashMap::new() },
         pipes: HashMap::new(),
+        memfds_met: HashSet::new(),
     };
-    let limit = planner.raise_limit();
+    let limit = raise_limit(planner.program);
+    for (id, number) in staged {
+        let master = planner.temporary();
+        planner.shift(*number, master);
+        planner.planned.memfds.insert(*id, master);
+    }
     for (index, file) in manifest.files.iter().enumerate() {
         planner.file(index as u32, file)?;
     }
@@ -179,28 +188,30 @@ fn check(manifest: &Manifest, reserved: &[i32]) -> Result<()> {
     Ok(())
 }
 
+/// Sets the soft limit on descriptors to the value at the address returned, and keeps the hard one.
+pub(super) fn raise_limit(p: &mut Program) -> u64 {
+    let limits = p.words(&[0, 0]);
+    let needed = p.words(&[0]);
+    let nofile = libc::RLIMIT_NOFILE;
+    let ask = [0.into(), nofile.into(), 0.into(), limits.into()];
+    p.must("read the limit on descriptors", libc::SYS_prlimit64, ask);
+    p.op(Op::Store, [limits.into(), Arg::At(needed)]);
+    let set = [0.into(), nofile.into(), limits.into(), 0.into()];
+    p.must("raise the limit on descriptors", libc::SYS_prlimit64, set);
+    needed
+}
+
 struct Planner<'a> {
     manifest: &'a Manifest,
     program: &'a mut Program,
     planned: PlannedFiles,
     /// Temporary numbers of the ends of pipes, and which of them a description has taken.
     pipes: HashMap<u64, pipes::Ends>,
+    /// Memfds that a description was made of.
+    memfds_met: HashSet<u64>,
 }
 
 impl Planner<'_> {
-    /// Sets the soft limit on descriptors to the value at the address returned, and keeps the hard one.
-    fn raise_limit(&mut self) -> u64 {
-        let limits = self.program.words(&[0, 0]);
-        let needed = self.program.words(&[0]);
-        let nofile = libc::RLIMIT_NOFILE;
-        let ask = [0.into(), nofile.into(), 0.into(), limits.into()];
-        self.program.must("read the limit on descriptors", libc::SYS_prlimit64, ask);
-        self.program.op(Op::Store, [limits.into(), Arg::At(needed)]);
-        let set = [0.into(), nofile.into(), limits.into(), 0.into()];
-        self.program.must("raise the limit on descriptors", libc::SYS_prlimit64, set);
-        needed
-    }
-
     /// A number for a temporary descriptor.
     fn temporary(&mut self) -> i32 {
         self.planned.next += 1;

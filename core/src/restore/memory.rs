@@ -4,6 +4,7 @@
 //! pages. The userfaultfd is put into an `io_uring`'s table of fixed files, and the ring is mapped: so
 //! the address space itself holds the last reference, whatever the program closes and whoever dies.
 
+use crate::capture::presend::continues;
 use crate::error::{Error, Result};
 use crate::manifest::{Manifest, Mapping, MappingKind, vm_flag};
 use crate::program::{Arg, Op, Program, Ref};
@@ -11,6 +12,7 @@ use crate::restore::files::PlannedFiles;
 use crate::restore::scratch::Scratch;
 use crate::sys::uffd;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Bytes of the ring that are mapped.
 pub const RING_LEN: u64 = 4096;
@@ -107,18 +109,77 @@ pub fn lazy_views(m: &Manifest) -> Vec<LazyView> {
     views
 }
 
-/// Adds the entries that build the address space. `files` knows the descriptors of memfds to be mapped.
+/// Adds the making of private file mappings before the freeze.
+pub(super) fn plan_staged(mappings: &[Mapping], p: &mut Program) {
+    let mut open = OpenFiles::default();
+    for v in mappings {
+        let fd = open.open(v, p);
+        map_file(v, fd.into(), p);
+    }
+    open.close_all(p);
+}
+
+/// Adds what makes of the mappings of before the freeze (`staged`) those of the manifest, and removes
+/// the others.
+fn plan_kept(m: &Manifest, staged: &[Mapping], p: &mut Program) -> Result<()> {
+    let kept: Vec<&Mapping> = m.mappings.iter().filter(|v| v.staged).collect();
+    for s in staged {
+        for gap in gaps(s, &kept) {
+            let args = [gap.start.into(), (gap.end - gap.start).into()];
+            p.must("drop what was mapped ahead", libc::SYS_munmap, args);
+        }
+    }
+    for v in &kept {
+        let before = staged
+            .iter()
+            .find(|s| continues(s, v))
+            .ok_or_else(|| Error::Manifest(format!("mapping {} was not sent before", hex(v))))?;
+        if before.prot != v.prot {
+            let args = [v.start.into(), (v.end - v.start).into(), v.prot.into()];
+            p.must(format!("protect {}", hex(v)), libc::SYS_mprotect, args);
+        }
+    }
+    for r in &m.reverted {
+        if !kept.iter().any(|v| v.start <= r.start && r.end <= v.end) {
+            return Err(Error::Manifest(format!("reverted pages at {:#x}", r.start)));
+        }
+        let args = [r.start.into(), (r.end - r.start).into(), libc::MADV_DONTNEED.into()];
+        p.must("take back pages sent ahead", libc::SYS_madvise, args);
+    }
+    Ok(())
+}
+
+/// What of `staged` no kept mapping covers. `kept` ascends.
+fn gaps(staged: &Mapping, kept: &[&Mapping]) -> Vec<Range<u64>> {
+    let mut gaps = Vec::new();
+    let mut at = staged.start;
+    for v in kept.iter().filter(|v| staged.start <= v.start && v.end <= staged.end) {
+        if at < v.start {
+            gaps.push(at..v.start);
+        }
+        at = v.end;
+    }
+    if at < staged.end {
+        gaps.push(at..staged.end);
+    }
+    gaps
+}
+
+/// Adds the entries that build the address space, around what is there from before the freeze
+/// (`staged`). `files` knows the descriptors of memfds to be mapped.
 pub fn plan_mappings(
     m: &Manifest,
     scratch: &Scratch,
     vdso: &VdsoParts,
     files: &PlannedFiles,
+    staged: &[Mapping],
     p: &mut Program,
 ) -> Result<()> {
+    plan_kept(m, staged, p)?;
     plan_vdso(m, scratch, vdso, p)?;
     plan_shmem(m, scratch, p)?;
     let mut open = OpenFiles::default();
-    for v in &m.mappings {
+    for v in m.mappings.iter().filter(|v| !v.staged) {
         match MappingKind::try_from(v.kind) {
             Ok(MappingKind::Anon) => map_anon(v, 0, p),
             Ok(MappingKind::HugetlbAnon) => {

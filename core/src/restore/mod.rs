@@ -7,4 +7,5 @@ pub mod memory;
 pub mod newborn;
 pub mod scratch;
 pub mod settle;
+pub mod staged;
 pub mod state;

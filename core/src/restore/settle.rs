@@ -106,3 +106,16 @@ pub fn lock_range(pid: i32, start: u64, len: u64, timeout: Duration) -> Result<(
         .map_err(|e| Error::sys(format!("mlock in process {pid}"), e))?;
     stopped.thaw().map(drop)
 }
+
+/// Has the kernel lock mappings to come. `flags` is `MCL_FUTURE`, perhaps with `MCL_ONFAULT`.
+pub fn lock_future(pid: i32, flags: u32, timeout: Duration) -> Result<()> {
+    let known = (libc::MCL_FUTURE | libc::MCL_ONFAULT) as u32;
+    if flags & !known != 0 || flags & libc::MCL_FUTURE as u32 == 0 {
+        return Err(Error::Manifest(format!("mlockall flags {flags:#x}")));
+    }
+    let stopped = OneStopped::stop(pid, timeout)?;
+    stopped
+        .syscall(libc::SYS_mlockall, [u64::from(flags), 0, 0, 0, 0, 0], timeout)?
+        .map_err(|e| Error::sys(format!("mlockall in process {pid}"), e))?;
+    stopped.thaw().map(drop)
+}

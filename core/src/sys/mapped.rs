@@ -24,6 +24,11 @@ unsafe impl Sync for Shared {}
 impl Shared {
     /// Maps the first `len` bytes of `file`, which must be at least that long.
     pub fn map(file: &File, len: usize) -> Result<Self> {
+        Self::map_at(file, 0, len)
+    }
+
+    /// Maps `len` bytes of `file` from `offset`, a multiple of its page size; they must exist.
+    pub fn map_at(file: &File, offset: i64, len: usize) -> Result<Self> {
         // SAFETY: a new mapping at an address the kernel chooses, of a descriptor we hold.
         let base = unsafe {
             libc::mmap(
@@ -32,7 +37,7 @@ impl Shared {
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
                 file.as_raw_fd(),
-                0,
+                offset,
             )
         };
         if base == libc::MAP_FAILED {

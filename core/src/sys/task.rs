@@ -2,6 +2,7 @@
 
 use libc::{c_long, pid_t};
 use nix::errno::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `struct sched_attr` up to the utilisation clamps.
 #[repr(C)]
@@ -20,6 +21,14 @@ pub struct SchedAttr {
 /// Length of [`SchedAttr`] (`SCHED_ATTR_SIZE_VER0`).
 pub const SCHED_ATTR_LEN: usize = 48;
 const _: () = assert!(size_of::<SchedAttr>() == SCHED_ATTR_LEN);
+
+impl SchedAttr {
+    /// Runs before all ordinary threads: `SCHED_FIFO`, `SCHED_RR`, `SCHED_DEADLINE`.
+    pub fn is_real_time(&self) -> bool {
+        const SCHED_DEADLINE: u32 = 6;
+        [libc::SCHED_FIFO as u32, libc::SCHED_RR as u32, SCHED_DEADLINE].contains(&self.policy)
+    }
+}
 
 /// Longest CPU mask asked for: 8192 CPUs, the most an x86-64 kernel can be built for.
 const CPU_MASK_LEN: usize = 1024;
@@ -63,6 +72,23 @@ pub fn set_affinity(tid: pid_t, mask: &[u8]) -> nix::Result<()> {
     // SAFETY: the kernel reads at most the length given.
     let ret = unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, mask.len(), mask.as_ptr()) };
     result(ret).map(drop)
+}
+
+/// The CPU on which the kernel last did the receive processing of a socket (`SO_INCOMING_CPU`).
+pub fn incoming_cpu(socket: BorrowedFd<'_>) -> Option<u32> {
+    let mut cpu: i32 = -1;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, both outlive the call.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_INCOMING_CPU,
+            (&raw mut cpu).cast(),
+            &raw mut len,
+        )
+    };
+    (ret == 0).then(|| u32::try_from(cpu).ok()).flatten()
 }
 
 /// `ioprio_get(2)` of a thread.

@@ -3,8 +3,10 @@
 
 use crate::dest::drain::{Data, Delivered, Drain};
 use crate::dest::faults::unreadable;
+use crate::dest::window::Window;
 use crate::error::Result;
 use crate::pages::{Piece, RunClaim};
+use crate::placement::Placement;
 use slipstream_core::sys::task;
 use slipstream_transport::{Block, Content, PageLane, PageReply, PageRequest};
 use std::collections::VecDeque;
@@ -12,8 +14,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Bytes asked for and not answered: enough to keep both ends busy over a data centre's delay.
-const WINDOW_BYTES: u64 = 2 << 20;
 /// Longest run asked for at once.
 const RUN_BYTES_MAX: u64 = 256 << 10;
 /// Longest wait for work before looking whether the drain has ended.
@@ -28,11 +28,14 @@ struct Worker {
     lane: Box<dyn PageLane>,
     runs: VecDeque<Run>,
     pieces: Vec<Piece>,
+    placement: Placement,
+    window: Window,
 }
 
 /// A run under way.
 struct Run {
     claim: RunClaim,
+    posted: Instant,
     answered: u64,
     /// Page size of the region; larger than 4096 only for huge pages, which are put together here.
     page_size: u64,
@@ -43,7 +46,14 @@ struct Run {
 pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
     std::thread::spawn(move || {
         task::give_way();
-        let mut worker = Worker { drain, lane, runs: VecDeque::new(), pieces: Vec::new() };
+        let mut worker = Worker {
+            drain,
+            lane,
+            runs: VecDeque::new(),
+            pieces: Vec::new(),
+            placement: Placement::of_this_thread(),
+            window: Window::new(Instant::now()),
+        };
         if let Err(e) = worker.run() {
             for run in &worker.runs {
                 worker.drain.finish_run(&run.claim);
@@ -56,6 +66,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
 impl Worker {
     fn run(&mut self) -> Result<()> {
         while !self.drain.has_ended() {
+            self.placement.make_room(self.drain.pace());
             self.fill()?;
             if self.runs.is_empty() {
                 self.drain.wait_news(IDLE);
@@ -67,7 +78,7 @@ impl Worker {
     }
 
     fn fill(&mut self) -> Result<()> {
-        while self.lane.outstanding_bytes() < WINDOW_BYTES {
+        while self.lane.outstanding_bytes() < self.window.bytes() {
             let Some(claim) = self.drain.next_run(RUN_BYTES_MAX) else { break };
             let page_size = self.drain.shared(|state| {
                 let space = state.pages.space(claim.space);
@@ -75,7 +86,8 @@ impl Worker {
             });
             let request =
                 PageRequest { address: claim.source_address, len_bytes: claim.len_bytes as u32 };
-            self.runs.push_back(Run { claim, answered: 0, page_size, partial: Vec::new() });
+            let (posted, partial) = (Instant::now(), Vec::new());
+            self.runs.push_back(Run { claim, posted, answered: 0, page_size, partial });
             self.lane.post(request)?;
         }
         Ok(self.lane.flush()?)
@@ -88,7 +100,11 @@ impl Worker {
         else {
             return Ok(());
         };
-        let run = &mut self.runs[index];
+        let (run, now) = (&mut self.runs[index], Instant::now());
+        if run.answered == 0 {
+            self.window.delay(now - run.posted);
+        }
+        self.window.arrived(u64::from(reply.len_bytes), now);
         run.answered += u64::from(reply.len_bytes);
         land(&self.drain, run, &reply, &mut self.pieces)?;
         if run.answered >= run.claim.len_bytes {

@@ -1,6 +1,6 @@
 //! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
 
-use crate::dest::shared_memory::{being_removed, mapped_until};
+use crate::dest::shared_memory::{Sleepers, mapped_until};
 use crate::error::{Error, Result};
 use crate::pages::{
     Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SharedRemove, SpaceId,
@@ -11,18 +11,21 @@ use hdrhistogram::Histogram;
 use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::memory::{LazyView, RING_SLOTS, lazy_views};
-use slipstream_core::sys::ring;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
+use slipstream_core::sys::{poll, ring};
 use slipstream_transport::Pace;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Fault times from a microsecond to a minute, to two digits.
 const FAULT_US_MAX: u64 = 60_000_000;
+
+/// For an event that another one overtook: its thread only has to get a processor.
+const OVERTAKEN_MAX: Duration = Duration::from_secs(5);
 
 /// Everything a drain's threads share.
 #[derive(Debug)]
@@ -42,6 +45,7 @@ pub struct Drain {
     failure: Mutex<Option<Error>>,
     fault_us: Mutex<Histogram<u64>>,
     huge: Mutex<Vec<PresentRun>>,
+    overtaken_since: Mutex<Option<Instant>>,
 }
 
 /// What the lock protects: see [`crate::pages`] for which half is needed for what.
@@ -51,6 +55,9 @@ pub struct State {
     pub pages: Pages,
     uffds: BTreeMap<SpaceId, Uffd>,
     ring_slot_next: usize,
+    /// Spaces of which an event was read since they last had nothing to say.
+    unsettled: BTreeSet<SpaceId>,
+    sleepers: Sleepers,
 }
 
 /// What an event changed, for the thread that waits on descriptors.
@@ -106,6 +113,8 @@ impl Drain {
                 pages,
                 uffds: BTreeMap::from([(SpaceId::PROCESS, mapped.uffd)]),
                 ring_slot_next: 1,
+                unsettled: BTreeSet::new(),
+                sleepers: Sleepers::default(),
             }),
             ring: mapped.ring,
             pid,
@@ -117,6 +126,7 @@ impl Drain {
             failure: Mutex::new(None),
             fault_us: Mutex::new(fault_us),
             huge: Mutex::new(Vec::new()),
+            overtaken_since: Mutex::new(None),
         })
     }
 
@@ -146,15 +156,29 @@ impl Drain {
 
     fn apply_event(&self, state: &mut State, id: SpaceId) -> Result<Happened> {
         let Some(uffd) = state.uffds.get(&id) else { return Ok(Happened::Nothing) };
-        // Only while the event is unread does its thread wait in the call that raised it.
-        let removing = if self.has_shared { being_removed(self.pid) } else { Vec::new() };
+        // Only while the event is unread does its thread wait in the call that raised it; and what is
+        // raised after this look must not be what is read.
+        let removing = if self.has_shared {
+            if !poll::readable(uffd, Duration::ZERO)
+                .map_err(|e| Error::io("poll userfaultfd", e))?
+            {
+                state.unsettled.remove(&id);
+                return Ok(Happened::Nothing);
+            }
+            state.sleepers.being_removed(self.pid, state.unsettled.contains(&id))
+        } else {
+            Vec::new()
+        };
         let event = uffd.read_event().map_err(|e| Error::io("read userfaultfd", e))?;
         let woken = match event {
             None => return Ok(Happened::Nothing),
             Some(Event::Fault { address, tid }) => {
                 return Ok(Happened::Fault { address, tid: tid as i32 });
             }
-            Some(Event::Fork { child }) => return self.adopt(state, id, child),
+            Some(Event::Fork { child }) => {
+                state.unsettled.insert(id);
+                return self.adopt(state, id, child);
+            }
             Some(Event::Remove { start, end }) => {
                 let punched = removing.iter().any(|r| r.start <= start && end <= r.end);
                 let shared = if punched { SharedRemove::Punch } else { SharedRemove::Keep };
@@ -163,6 +187,7 @@ impl Drain {
             Some(Event::Unmap { start, end }) => state.pages.unmap(id, start, end),
             Some(Event::Remap { from, to, len }) => self.remap(state, id, from, to, len),
         };
+        state.unsettled.insert(id);
         if let Some(uffd) = state.uffds.get(&id)
             && let Err(e) = uffd.wake(woken.start, woken.end - woken.start)
         {
@@ -183,7 +208,7 @@ impl Drain {
         }
         let woken = state.pages.remap(id, from, to, len);
         if mapped_until(self.pid, from).is_none() {
-            state.pages.unmap(id, from, from.saturating_add(len));
+            state.pages.forget(id, from, from.saturating_add(len));
         }
         woken
     }
@@ -236,7 +261,7 @@ impl Drain {
     pub fn give_up(&self, id: SpaceId, piece: &Piece) {
         tracing::warn!("nothing is mapped at {:#x}; its page is dropped", piece.current_address);
         let (start, len) = (piece.current_address, 4096);
-        self.exclusive(|state| state.pages.unmap(id, start, start + len));
+        self.exclusive(|state| state.pages.forget(id, start, start + len));
         self.tell_news();
     }
 
@@ -288,9 +313,21 @@ impl Drain {
         lock(&self.huge).clone()
     }
 
-    /// Every page of every space has arrived or is gone.
+    /// Every page of every space has arrived or is gone. To be asked every few moments.
     pub fn complete(&self) -> bool {
-        self.read().pages.complete()
+        let (complete, overtaken) = self.shared(|s| (s.pages.complete(), s.pages.is_overtaken()));
+        let mut since = lock(&self.overtaken_since);
+        if !overtaken {
+            *since = None;
+        } else if since.get_or_insert_with(Instant::now).elapsed() > OVERTAKEN_MAX {
+            self.exclusive(|state| state.pages.forget_overtaken());
+        }
+        complete
+    }
+
+    /// The process, as this host sees it.
+    pub fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// What has bulk lanes make room for faults.

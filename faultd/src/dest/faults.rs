@@ -7,9 +7,11 @@
 use crate::dest::drain::{Data, Delivered, Drain, Happened};
 use crate::error::{Error, Result};
 use crate::pages::{FaultAction, Piece, SpaceId};
+use crate::placement::Placement;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use slipstream_core::proc::cpu::{self, ThreadNumbers};
 use slipstream_core::sys::task;
-use slipstream_transport::{Block, Content, PageLane, PageRequest};
+use slipstream_transport::{Block, Content, Pace, PageLane, PageRequest};
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -22,8 +24,16 @@ const LANE: u64 = u64::MAX;
 const IDLE_MS: u16 = 50;
 /// Events read in a row before copies get their turn.
 const EVENTS_IN_A_ROW: usize = 64;
+/// Faults between two looks at the CPU that they come from.
+const FOLLOW_INTERVAL: u32 = 8;
 /// A page with no mapping and no event that says why is given up after this.
 const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
+
+/// What is left to do about a fault.
+enum Next {
+    Ask { source: u64, len_bytes: u64 },
+    TryAgain,
+}
 
 /// A page asked for on the urgent lane.
 #[derive(Debug)]
@@ -34,6 +44,15 @@ struct Asked {
     /// What has arrived of a huge page, which can only be installed whole.
     arrived: Vec<u8>,
     absent: bool,
+}
+
+/// A fault that could not be answered before an event is read. Its thread is not woken: the fault it would
+/// raise again is read before any event, and so for ever.
+#[derive(Clone, Copy, Debug)]
+struct Unanswered {
+    space: SpaceId,
+    address: u64,
+    tid: i32,
 }
 
 /// A page that arrived but could not be installed yet.
@@ -50,20 +69,56 @@ struct Service {
     epoll: Epoll,
     asked: HashMap<u64, Vec<Asked>>,
     stuck: Vec<Stuck>,
+    unanswered: Vec<Unanswered>,
     pieces: Vec<Piece>,
+    follower: Follower,
+}
+
+/// Keeps the thread on the CPU of the threads that fault.
+struct Follower {
+    pid: i32,
+    threads: ThreadNumbers,
+    placement: Placement,
+    faults: u32,
+}
+
+impl Follower {
+    /// Called for every fault of the process.
+    fn fault(&mut self, own_tid: i32, pace: &Pace) {
+        self.faults = self.faults.wrapping_add(1);
+        if self.faults % FOLLOW_INTERVAL != 1 {
+            return;
+        }
+        // A real-time thread may keep a CPU from ours for as long as it likes.
+        if let Some(tid) = self.threads.host_tid(own_tid)
+            && task::sched_attr(tid).is_ok_and(|attr| !attr.is_real_time())
+            && let Ok(Some(cpu)) = cpu::last_cpu(self.pid, tid)
+            && self.placement.follow(cpu)
+        {
+            pace.settle_on(cpu);
+        }
+    }
 }
 
 /// Starts the thread. Failures are noted in the drain.
 pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()>> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
         .map_err(|e| Error::io("epoll_create", e.into()))?;
+    let pid = drain.pid();
     let mut service = Service {
         drain,
         lane,
         epoll,
         asked: HashMap::new(),
         stuck: Vec::new(),
+        unanswered: Vec::new(),
         pieces: Vec::new(),
+        follower: Follower {
+            pid,
+            threads: ThreadNumbers::new(pid),
+            placement: Placement::of_this_thread(),
+            faults: 0,
+        },
     };
     service.watch_lane()?;
     service.watch_space(SpaceId::PROCESS)?;
@@ -99,7 +154,7 @@ impl Service {
     fn run(&mut self) -> Result<()> {
         let mut ready = [EpollEvent::empty(); 16];
         while !self.drain.has_ended() {
-            let timeout = if self.stuck.is_empty() {
+            let timeout = if self.stuck.is_empty() && self.unanswered.is_empty() {
                 EpollTimeout::from(IDLE_MS)
             } else {
                 EpollTimeout::from(1u16)
@@ -115,7 +170,7 @@ impl Service {
                     id => self.events(SpaceId(id as u32))?,
                 }
             }
-            self.retry_stuck()?;
+            self.retry()?;
         }
         Ok(())
     }
@@ -145,17 +200,23 @@ impl Service {
                     FaultAction::Zero { start, len_bytes }
                     | FaultAction::AlreadyPresent { start, len_bytes },
                 ) => {
-                    fill_zero(uffd, start, len_bytes)?;
-                    Ok(None)
+                    let filled = fill_zero(uffd, start, len_bytes)?;
+                    Ok((!filled).then_some(Next::TryAgain))
                 }
                 Ok(FaultAction::Fetch { source_address, len_bytes, .. }) => {
-                    Ok(Some((source_address, len_bytes)))
+                    Ok(Some(Next::Ask { source: source_address, len_bytes }))
                 }
                 Ok(FaultAction::Wait) | Err(_) => Ok(None),
             }
         })?;
-        if let Some((source, len_bytes)) = action {
+        if let Some(Next::TryAgain) = action {
+            self.unanswered.push(Unanswered { space: id, address, tid });
+        }
+        if let Some(Next::Ask { source, len_bytes }) = action {
             self.drain.pace().hurry();
+            if id == SpaceId::PROCESS {
+                self.follower.fault(tid, self.drain.pace());
+            }
             let asked = Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
             let waiting = self.asked.entry(source).or_default();
             waiting.push(asked);
@@ -238,7 +299,14 @@ impl Service {
         }
     }
 
-    fn retry_stuck(&mut self) -> Result<()> {
+    fn retry(&mut self) -> Result<()> {
+        let unanswered = std::mem::take(&mut self.unanswered);
+        for Unanswered { space, address, tid } in &unanswered {
+            self.fault(*space, *address, *tid)?;
+        }
+        if !unanswered.is_empty() {
+            self.lane.flush()?;
+        }
         for stuck in std::mem::take(&mut self.stuck) {
             if let Some(stuck) = self.install(stuck)? {
                 self.stuck.push(stuck);
@@ -268,8 +336,8 @@ pub fn unreadable(address: u64, errno: i32) -> Error {
     Error::Protocol(format!("the source can't read the page at {address:#x}: {why}"))
 }
 
-/// Fills a missing page with zeros; wakes if it is there.
-fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> Result<()> {
+/// Fills a missing page with zeros; wakes if it is there. False when an event must be read first.
+fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> Result<bool> {
     use slipstream_core::sys::uffd::Installed;
     // The kernel has no ZEROPAGE for huge pages.
     let result = if len == 4096 {
@@ -278,9 +346,13 @@ fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> R
         uffd.copy(start, &vec![0u8; len as usize])
     };
     match result {
-        Ok(Installed::All | Installed::Gone) => Ok(()),
+        Ok(Installed::All | Installed::Gone) => Ok(true),
+        Ok(Installed::Partly(_)) => Ok(false),
         // Present, or no longer what it was: the access is tried again and says what it wants.
-        Ok(_) => uffd.wake(start, len).map_err(|e| Error::io("wake a thread", e)),
+        Ok(Installed::Exists(_) | Installed::NotMapped(_)) => {
+            uffd.wake(start, len).map_err(|e| Error::io("wake a thread", e))?;
+            Ok(true)
+        }
         Err(e) => Err(Error::io(format!("fill the page at {start:#x} with zeros"), e)),
     }
 }

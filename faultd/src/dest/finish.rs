@@ -6,7 +6,7 @@ use crate::pages::{SpaceId, Span};
 use crate::protocol::PresentRun;
 use slipstream_core::manifest::{Manifest, vm_flag};
 use slipstream_core::proc::maps;
-use slipstream_core::restore::settle::{lock_range, unmap_range, wait_left};
+use slipstream_core::restore::settle::{lock_future, lock_range, unmap_range, wait_left};
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::uffd::Uffd;
 use std::ops::Range;
@@ -107,5 +107,12 @@ fn lock_again(pid: i32, m: &Manifest) {
         if let Err(e) = lock_range(pid, v.start, v.end - v.start, STOP_TIMEOUT) {
             tracing::warn!("{e}");
         }
+    }
+    // Not before: mappings that restore makes would be locked, and filled with what has not come.
+    let flags = m.process.future_locks;
+    if flags != 0
+        && let Err(e) = lock_future(pid, flags, STOP_TIMEOUT)
+    {
+        tracing::warn!("{e}");
     }
 }

@@ -6,3 +6,5 @@ pub mod faults;
 pub mod finish;
 pub mod session;
 pub mod shared_memory;
+pub mod staged;
+mod window;

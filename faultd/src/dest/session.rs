@@ -4,7 +4,7 @@ use crate::agent::SessionArgs;
 use crate::clocks::{self, Exchange, Offsets};
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::drain::Drain;
-use crate::dest::{bulk, faults, finish};
+use crate::dest::{bulk, faults, finish, staged};
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
 use crate::failpoints;
@@ -150,7 +150,7 @@ impl Session<'_> {
         let verdict = Verdict {
             blockers,
             route: self.args.route.bytes().to_vec(),
-            boot_id: clocks::boot_id()?,
+            boot_id: failpoints::told_boot_id(clocks::boot_id()?),
             bulk_lanes: hello.bulk_lanes.clamp(1, BULK_LANES_MAX),
             wants_digests: false,
             foreign_vdso: self.vdso.is_some(),
@@ -279,10 +279,12 @@ impl Session<'_> {
 
     /// Hears the manifest and brings the process to its gate.
     fn restore(&mut self, prepared: &mut Prepared) -> Result<AtTheGate> {
-        let encoded = match hear_source(&mut self.receiver, Some(STEP_TIMEOUT))? {
-            SourceMessage::Manifest(bytes) => bytes,
-            _ => return unexpected("a manifest"),
-        };
+        let encoded = staged::receive_manifest(
+            &mut self.sender,
+            &mut self.receiver,
+            &mut prepared.restorer,
+            STEP_TIMEOUT,
+        )?;
         let began = Instant::now();
         let manifest = Manifest::decode(&*encoded)
             .map_err(|e| Error::Protocol(format!("malformed manifest ({e})")))?;

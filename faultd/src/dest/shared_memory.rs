@@ -2,36 +2,108 @@
 //!
 //! `MADV_DONTNEED` keeps the pages of the object and `MADV_REMOVE` discards them, but the event is the
 //! same. Before an event is read, the thread that raised it still waits in its system call, which
-//! tells. And an `mremap` may have left the old mapping where it was (`MREMAP_DONTUNMAP`, or an old
+//! tells. It is asleep there from the moment the event can be read, with one exception: reading
+//! *another* event wakes all who wait (`userfaultfd_event_complete` in `fs/userfaultfd.c`), and until
+//! each has looked and gone back to sleep, `/proc` calls it running. And an `mremap` may have left the old mapping where it was (`MREMAP_DONTUNMAP`, or an old
 //! length of zero, which makes a second mapping): the maps tell.
 
 use slipstream_core::proc::maps;
+use std::collections::HashMap;
+use std::fs;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+/// What `/proc/PID/task/TID/syscall` says of a thread that doesn't sleep.
+const RUNNING: &str = "running";
 const MADV_REMOVE: u64 = 9;
+/// Part of the name of what a thread is in, in the kernel, while it waits for an event to be read.
+const WAITING_FOR_READER: &str = "userfaultfd";
+/// For a thread that was woken to look and go back to sleep; it may have to wait for a processor.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
+/// Times that a thread must be seen on a processor to be taken for one that computes. Each look takes
+/// several microseconds; going back to sleep takes one.
+const ON_PROCESSOR_SEEN: u32 = 8;
+/// For a thread that waits for a processor.
+const SETTLE_PAUSE: Duration = Duration::from_micros(20);
 /// Processes looked at: the process and what it has forked since.
 const PROCESSES_MAX: usize = 4096;
 
-/// Ranges that threads of the process or of its descendants are discarding right now.
-pub fn being_removed(pid: i32) -> Vec<Range<u64>> {
-    let mut pids = vec![pid];
-    let mut ranges = Vec::new();
-    let mut next = 0;
-    while let Some(&pid) = pids.get(next) {
-        next += 1;
-        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for task in tasks.flatten().map(|t| t.path()) {
-            if let Ok(text) = std::fs::read_to_string(task.join("syscall")) {
-                ranges.extend(removed_by(&text));
+/// The threads of a process and its descendants, each with the system call it was last seen asleep in.
+#[derive(Debug, Default)]
+pub struct Sleepers {
+    seen: HashMap<PathBuf, Sleeper>,
+}
+
+#[derive(Debug)]
+struct Sleeper {
+    /// How often it had got a processor by then: while that stays, it has done nothing since.
+    runs: u64,
+    removing: Option<Range<u64>>,
+}
+
+impl Sleepers {
+    /// Ranges that threads of the process or of its descendants are removing right now. `settle` when
+    /// an event was read since the descriptor last had nothing to read: threads that wait may just be
+    /// awake.
+    pub fn being_removed(&mut self, pid: i32, settle: bool) -> Vec<Range<u64>> {
+        let mut pids = vec![pid];
+        let mut now = HashMap::new();
+        let mut next = 0;
+        while let Some(&pid) = pids.get(next) {
+            next += 1;
+            let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+            for task in tasks.flatten().map(|t| t.path()) {
+                let children = fs::read_to_string(task.join("children")).unwrap_or_default();
+                let room = PROCESSES_MAX.saturating_sub(pids.len());
+                pids.extend(
+                    children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()).take(room),
+                );
+                if let Some(sleeper) = look(&task, self.seen.get(&task), settle) {
+                    now.insert(task, sleeper);
+                }
             }
-            let children = std::fs::read_to_string(task.join("children")).unwrap_or_default();
-            let room = PROCESSES_MAX.saturating_sub(pids.len());
-            pids.extend(
-                children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()).take(room),
-            );
+        }
+        self.seen = now;
+        self.seen.values().filter_map(|s| s.removing.clone()).collect()
+    }
+}
+
+/// What a thread sleeps in; `None` for one that is gone or runs.
+fn look(task: &Path, before: Option<&Sleeper>, settle: bool) -> Option<Sleeper> {
+    let began = Instant::now();
+    let mut on_processor_seen = 0;
+    loop {
+        // Read first: if it runs in between, the next look sees that it did.
+        let runs = runs(task);
+        if runs > 0
+            && let Some(before) = before
+            && before.runs == runs
+        {
+            return Some(Sleeper { runs, removing: before.removing.clone() });
+        }
+        let line = fs::read_to_string(task.join("syscall")).ok()?;
+        if line.trim_end() != RUNNING {
+            return Some(Sleeper { runs, removing: removed_by(&line) });
+        }
+        if !settle || began.elapsed() > SETTLE_MAX {
+            return None;
+        }
+        // The kernel walks the stack of a thread that waits for a processor, not of one that has it.
+        match fs::read_to_string(task.join("stack")).ok()? {
+            stack if stack.contains(WAITING_FOR_READER) => std::thread::sleep(SETTLE_PAUSE),
+            stack if stack.is_empty() && on_processor_seen < ON_PROCESSOR_SEEN => {
+                on_processor_seen += 1;
+            }
+            _ => return None,
         }
     }
-    ranges
+}
+
+/// How often a thread has got a processor; zero where the kernel doesn't count.
+fn runs(task: &Path) -> u64 {
+    let text = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
+    text.split_whitespace().nth(2).and_then(|w| w.parse().ok()).unwrap_or(0)
 }
 
 /// The range of `madvise(start, len, MADV_REMOVE)` in a line of `/proc/PID/syscall`.

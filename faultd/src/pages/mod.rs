@@ -443,18 +443,28 @@ impl Pages {
         start..end
     }
 
+    /// Nothing is mapped in a range any more, whatever events say. Yields the range to wake.
+    pub fn forget(&mut self, id: SpaceId, start: u64, end: u64) -> Range<u64> {
+        self.event(id, |space, dropped| space.forget(start..end, dropped));
+        start..end
+    }
+
     /// `REMAP`: a range was moved. The event doesn't say whether the old mapping stays
     /// (`MREMAP_DONTUNMAP`): of shared memory it stays tracked as *doubtful*. Yields the range to wake. With length zero (`mremap` of shared
     /// memory with old length zero) find the length in `/proc/PID/maps` and call [`Pages::alias`].
     pub fn remap(&mut self, id: SpaceId, from: u64, to: u64, len_bytes: u64) -> Range<u64> {
-        self.event(id, |space, dropped| space.remap(from, to, len_bytes, dropped));
+        let mut found = Vec::new();
+        self.event(id, |space, dropped| found = space.remap(from, to, len_bytes, dropped));
+        for sources in found {
+            self.prefetch().restore(id, sources);
+        }
         from..from.saturating_add(len_bytes)
     }
 
     /// Shared memory got a further mapping.
     pub fn alias(&mut self, id: SpaceId, from: u64, to: u64, len_bytes: u64) {
         self.event(id, |space, dropped| {
-            space.unmap(to..to.saturating_add(len_bytes), dropped);
+            space.forget(to..to.saturating_add(len_bytes), dropped);
             space.alias(from, to, len_bytes);
         });
     }
@@ -500,6 +510,19 @@ impl Pages {
         }
     }
 
+    /// Two mappings were moved one after the other, and the events came the other way round: one is
+    /// missing yet. It comes within moments.
+    pub fn is_overtaken(&self) -> bool {
+        self.spaces.values().any(Space::is_overtaken)
+    }
+
+    /// The missing event doesn't come: its pages are gone.
+    pub fn forget_overtaken(&mut self) {
+        for id in self.spaces().collect::<Vec<_>>() {
+            self.event(id, |space, dropped| space.forget_overtaken(dropped));
+        }
+    }
+
     // ---- The end ----
 
     /// Every page of a space that is present on the source has arrived or is gone.
@@ -510,7 +533,8 @@ impl Pages {
     /// The same of all spaces.
     pub fn complete(&self) -> bool {
         let prefetch = self.prefetch();
-        self.map_complete && self.spaces.keys().all(|id| prefetch.idle(*id))
+        let done = |(id, space): (&SpaceId, &Space)| prefetch.idle(*id) && !space.is_overtaken();
+        self.map_complete && self.spaces.iter().all(done)
     }
 
     /// How far the drain is.

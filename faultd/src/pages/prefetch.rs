@@ -137,6 +137,13 @@ impl Prefetch {
         self.queues.get_mut(&id).map_or_else(Vec::new, |queue| queue.todo.remove(range))
     }
 
+    /// A space has these source pages after all.
+    pub fn restore(&mut self, id: SpaceId, range: Range<u64>) {
+        let Some(queue) = self.queues.get_mut(&id) else { return };
+        insert_known(&mut queue.todo, &self.known, range);
+        self.active.insert(id);
+    }
+
     /// Pages to fetch early, after those around faults.
     pub fn add_hot(&mut self, range: Range<u64>) {
         self.hot.push_back(range);

@@ -15,6 +15,7 @@ use super::SpaceId;
 use edge::Edge;
 use kernel::{Kernel, Process, Slot, ThreadState, Touch};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 const SEEDS: u64 = 8000;
 const STEPS_MAX: u32 = 400_000;
@@ -67,6 +68,7 @@ impl Program {
                 self.start(kernel, rng, process, thread);
             }
             ThreadState::Retry(touch) => kernel.touch(process, thread, touch),
+            ThreadState::Changed => kernel.queue(process, thread),
             ThreadState::Zap { start, end, punch } => {
                 kernel.zap(process, thread, start, end, punch);
             }
@@ -75,8 +77,8 @@ impl Program {
     }
 
     fn start(&mut self, kernel: &mut Kernel, rng: &mut Rng, process: usize, thread: usize) {
-        // Two changes of the address space at once would be a race of the program with itself, whose
-        // outcome it could not know either. Touches go on meanwhile.
+        // Two changes of the same place at once would be a race of the program with itself, whose outcome it
+        // could not know either. What is touched or moved meanwhile is elsewhere, or where something was before.
         let alone = !kernel.processes[process].in_a_call();
         if alone && rng.chance(30) && kernel.processes.len() < 5 {
             return kernel.fork(process, thread);
@@ -93,6 +95,11 @@ impl Program {
         let slot = kernel.processes[process].map[&start];
         let end = start + pages * slot.size;
         let op = rng.below(20);
+        kernel.processes[process].busy[thread] = std::iter::once(start..end).collect();
+        kernel.processes[process].subject[thread] = start..end;
+        if !alone && slot.size != HUGE && slot.shared.is_none() && rng.chance(3) {
+            return move_meanwhile(kernel, rng, (process, thread), start..end);
+        }
         match if alone { op } else { op.max(5) } {
             0 => kernel.madvise(process, thread, start, end, false),
             1 => kernel.madvise(process, thread, start, end, slot.shared.is_some()),
@@ -104,6 +111,12 @@ impl Program {
                     ARENA + rng.below(56) * 4096
                 };
                 let how = rng.below(3);
+                let places = &mut kernel.processes[process].busy[thread];
+                places.push(to..to + (end - start));
+                if how == 2 && slot.shared.is_none() {
+                    // The old place is free for others as soon as it is left.
+                    places.remove(0);
+                }
                 if how == 0 && slot.shared.is_some() {
                     kernel.alias(process, thread, start, end, to);
                 } else {
@@ -120,6 +133,24 @@ impl Program {
                 kernel.touch(process, thread, Touch { address, write });
             }
         }
+    }
+}
+
+/// Moves private memory to a place that nobody uses any more, while other threads are in their calls.
+fn move_meanwhile(kernel: &mut Kernel, rng: &mut Rng, who: (usize, usize), from: Range<u64>) {
+    let (process, thread) = who;
+    let this = &mut kernel.processes[process];
+    let to = if rng.chance(2) {
+        this.subject[rng.below(3) as usize].start
+    } else {
+        ARENA + rng.below(56) * 4096
+    };
+    let to = to..to + (from.end - from.start);
+    let unused = this.map.range(to.clone()).next().is_none();
+    this.busy[thread].clear();
+    if unused && this.is_free(&from) && this.is_free(&to) {
+        this.busy[thread].push(to.clone());
+        kernel.mremap(process, thread, from.start, from.end, to.start, false);
     }
 }
 

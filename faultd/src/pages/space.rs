@@ -9,12 +9,16 @@ use super::layout::{Layout, Placed};
 use super::memory::TableMemory;
 use super::spans::{Span, SpanMap};
 use super::table::PageTable;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Discarding at least this much private memory at once (64 MiB) forgets where it came from
 /// instead of writing two bits for each of its pages; both read as zeros afterwards.
 const FORGET_LEN_BYTES: u64 = 64 << 20;
+
+/// Most places remembered that mappings have moved away from.
+const LEFT_MAX: usize = 4096;
 
 /// What `REMOVE` did to shared memory; the event doesn't tell. It can be seen in
 /// `/proc/PID/task/TID/syscall` of the thread that waits for the event to be read.
@@ -75,6 +79,10 @@ pub struct Space {
     private: PageTable,
     shared: Arc<PageTable>,
     spans: SpanMap,
+    left: VecDeque<Range<u64>>,
+    /// Parts over which another mapping was moved although nothing had said that they were gone: the event that
+    /// says it, or where they went, was overtaken and is yet to come.
+    overtaken: Vec<Span>,
 }
 
 impl Space {
@@ -85,7 +93,7 @@ impl Space {
             let (start, len_bytes) = (region.start, region.len_bytes);
             spans.insert(Span { start, len_bytes, source: start, doubtful: false });
         }
-        Self { layout, private, shared, spans }
+        Self { layout, private, shared, spans, left: VecDeque::new(), overtaken: Vec::new() }
     }
 
     /// What lies at a current address; nothing when no page of the source does.
@@ -157,7 +165,53 @@ impl Space {
 
     /// `munmap`, or anything else that ends a mapping. Calls as [`Space::remove`] does; shared
     /// memory isn't reported, as it may be mapped elsewhere.
+    ///
+    /// A mapping that moved away is unmapped by a second event, before which another thread may have moved a
+    /// mapping of its own to the same place: that one stays.
     pub(super) fn unmap(&mut self, range: Range<u64>, mut dropped: impl FnMut(&Self, Range<u64>)) {
+        let mut left = self.take_left(&range);
+        for span in self.take_overtaken(&range) {
+            left.push(span.current());
+            if !self.is_shared(span.source) {
+                dropped(self, span.sources());
+            }
+        }
+        for part in self.spans.cut(range.clone()) {
+            // Whatever is not as new as what has left goes, and of a span the part that lies elsewhere.
+            let gone = if part.doubtful {
+                vec![part.current()]
+            } else {
+                without(&part.current(), left.clone())
+            };
+            for kept in without(&part.current(), gone.clone()) {
+                self.spans.insert(part.clip_current(&kept));
+            }
+            for range in gone {
+                let part = part.clip_current(&range);
+                if !self.is_shared(part.source) {
+                    dropped(self, part.sources());
+                }
+            }
+        }
+    }
+
+    /// Places in a range that mappings have moved away from and that were not reported as unmapped yet. Each is
+    /// taken once: there is one such event for each byte, at once, or when what `MREMAP_DONTUNMAP` left is unmapped.
+    fn take_left(&mut self, range: &Range<u64>) -> Vec<Range<u64>> {
+        let mut taken: Vec<Range<u64>> = Vec::new();
+        let mut rest = VecDeque::with_capacity(self.left.len());
+        for left in std::mem::take(&mut self.left) {
+            let part = left.start.max(range.start)..left.end.min(range.end);
+            let parts = without(&part, taken.clone());
+            rest.extend(without(&left, parts.clone()));
+            taken.extend(parts);
+        }
+        self.left = rest;
+        taken
+    }
+
+    /// Stops tracking a range, whatever is there.
+    pub(super) fn forget(&mut self, range: Range<u64>, mut dropped: impl FnMut(&Self, Range<u64>)) {
         for part in self.spans.cut(range) {
             if !self.is_shared(part.source) {
                 dropped(self, part.sources());
@@ -165,7 +219,8 @@ impl Space {
         }
     }
 
-    /// `mremap` that moved. What was at the target is gone. The event doesn't tell whether the old
+    /// `mremap` that moved. What is tracked at the target has been moved or unmapped by another thread, whose
+    /// event is yet to come. Yields source ranges for which this was such an event. The event doesn't tell whether the old
     /// mapping stays (`MREMAP_DONTUNMAP`). If a private one does, it reads as zeros, as untracked
     /// addresses do. A shared one goes on showing the object: it stays tracked as *doubtful*.
     pub(super) fn remap(
@@ -173,18 +228,72 @@ impl Space {
         from: u64,
         to: u64,
         len_bytes: u64,
-        dropped: impl FnMut(&Self, Range<u64>),
-    ) {
-        let moved = self.spans.cut(from..from.saturating_add(len_bytes));
-        self.unmap(to..to.saturating_add(len_bytes), dropped);
+        mut dropped: impl FnMut(&Self, Range<u64>),
+    ) -> Vec<Range<u64>> {
+        let (old, new) = (from..from.saturating_add(len_bytes), to..to.saturating_add(len_bytes));
+        // What is there by now came after what moved away.
+        let overtaken = self.take_overtaken(&old);
+        let found = overtaken.iter().map(Span::sources).collect();
+        let newer: Vec<Range<u64>> = overtaken.iter().map(Span::current).collect();
+        let mut moved = overtaken;
+        for range in without(&old, newer.clone()) {
+            moved.extend(self.spans.cut(range));
+        }
+        // The kernel reports what it unmaps at the target before it reports the move.
+        let (doubtful, sure) =
+            self.spans.cut(new).into_iter().partition::<Vec<_>, _>(|span| span.doubtful);
+        for span in doubtful.iter().filter(|span| !self.is_shared(span.source)) {
+            dropped(self, span.sources());
+        }
+        self.overtaken.extend(sure);
+        for empty in without(&old, moved.iter().map(Span::current).collect()) {
+            // What an earlier move left there moves on.
+            self.take_left(&empty);
+        }
+        if self.left.len() == LEFT_MAX {
+            self.left.pop_front();
+        }
+        self.left.push_back(old);
         for span in moved {
             let Some(start) = to.checked_add(span.start - from) else { continue };
             if start.checked_add(span.len_bytes).is_none() {
                 continue;
             }
             self.spans.insert(Span { start, ..span });
-            if self.is_shared(span.source) {
+            if self.is_shared(span.source) && !newer.contains(&span.current()) {
                 self.spans.insert(Span { doubtful: true, ..span });
+            }
+        }
+        found
+    }
+
+    fn take_overtaken(&mut self, range: &Range<u64>) -> Vec<Span> {
+        let mut taken = Vec::new();
+        for span in std::mem::take(&mut self.overtaken) {
+            if span.start < range.end && range.start < span.current().end {
+                taken.push(span.clip_current(range));
+                let outside = [0..range.start, range.end..u64::MAX];
+                let outside = outside
+                    .iter()
+                    .filter(|o| span.start.max(o.start) < span.current().end.min(o.end));
+                self.overtaken.extend(outside.map(|o| span.clip_current(o)));
+            } else {
+                self.overtaken.push(span);
+            }
+        }
+        taken
+    }
+
+    /// True while an event is yet to come that was overtaken.
+    pub fn is_overtaken(&self) -> bool {
+        !self.overtaken.is_empty()
+    }
+
+    /// No event is to come any more for what was overtaken: it is gone.
+    pub(super) fn forget_overtaken(&mut self, mut dropped: impl FnMut(&Self, Range<u64>)) {
+        for span in std::mem::take(&mut self.overtaken) {
+            if !self.is_shared(span.source) {
+                dropped(self, span.sources());
             }
         }
     }
@@ -240,6 +349,9 @@ impl Space {
             private: self.private.snapshot_for_fork(&self.layout, memory)?,
             shared: Arc::clone(&self.shared),
             spans,
+            // What is raised of the parent's address space is raised to the parent.
+            left: VecDeque::new(),
+            overtaken: Vec::new(),
         })
     }
 
@@ -298,6 +410,23 @@ impl Space {
     fn is_shared(&self, source: u64) -> bool {
         self.layout.find(source).is_some_and(|placed| placed.region.shared)
     }
+}
+
+/// A range without others, which may overlap each other.
+fn without(range: &Range<u64>, mut others: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    others.sort_unstable_by_key(|other| other.start);
+    let mut rest = Vec::new();
+    let mut at = range.start;
+    for other in others {
+        if at < other.start.min(range.end) {
+            rest.push(at..other.start.min(range.end));
+        }
+        at = at.max(other.end);
+    }
+    if at < range.end {
+        rest.push(at..range.end);
+    }
+    rest
 }
 
 fn piece(kind: PieceKind, span: Span) -> Piece {

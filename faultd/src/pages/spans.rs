@@ -40,7 +40,7 @@ impl Span {
     }
 
     /// The part at a range of current addresses, which must overlap.
-    fn clip_current(self, range: &Range<u64>) -> Self {
+    pub(super) fn clip_current(self, range: &Range<u64>) -> Self {
         let start = self.start.max(range.start);
         let end = (self.start + self.len_bytes).min(range.end);
         let source = self.source + (start - self.start);

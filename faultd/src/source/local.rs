@@ -32,6 +32,8 @@ pub struct Local {
     pub prior: Prior,
     /// Where no thread may be when it is frozen.
     pub avoid: Option<Range<u64>>,
+    /// The destination is another host: it sees only what was written back of files.
+    pub elsewhere: bool,
 }
 
 /// Where the process has its vdso.
@@ -46,7 +48,7 @@ pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blo
     let report = check_process(pid, &options)?;
     let prior =
         prior(pid, stdio).map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
-    Ok(Local { report, prior, avoid: None })
+    Ok(Local { report, prior, avoid: None, elsewhere: false })
 }
 
 fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {

@@ -7,4 +7,5 @@ pub mod events_out;
 pub mod interrupt;
 pub mod local;
 pub mod page_server;
+pub mod presend;
 pub mod session;

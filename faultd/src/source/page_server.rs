@@ -1,20 +1,47 @@
 //! The page server: answers the destination's requests from the frozen copy's memory, a thread a lane.
 
 use crate::error::Result;
+use crate::placement::Placement;
 use crate::protocol::{PresentRun, RUNS_PER_MAP};
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::sys::task;
 use slipstream_transport::{Channel, Closer, Extent, Pace, PageServer, PageSource, Purpose};
+use std::cell::{Cell, RefCell};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// The frozen copy as a page source.
+/// Urgent requests between two looks at the CPU that they arrive on.
+const FOLLOW_INTERVAL: u32 = 8;
+
+/// The frozen copy as a page source, for one lane's thread.
 #[derive(Debug)]
-pub struct Source {
+struct Source {
     memory: Arc<FrozenMemory>,
-    /// Told of every request, if they are urgent.
-    urgent: Option<Arc<Pace>>,
+    pace: Arc<Pace>,
+    placement: RefCell<Placement>,
+    /// Of an urgent lane: its connection, and requests since the last look.
+    urgent: Option<(Closer, Cell<u32>)>,
+}
+
+impl Source {
+    /// Called for every request: urgent work says so and stays near the network, other work makes room.
+    fn place(&self) {
+        let mut placement = self.placement.borrow_mut();
+        let Some((connection, since)) = &self.urgent else {
+            placement.make_room(&self.pace);
+            return;
+        };
+        self.pace.hurry();
+        if since.get() % FOLLOW_INTERVAL == 0
+            && let Some(cpu) = task::incoming_cpu(connection.as_fd())
+            && placement.follow(cpu)
+        {
+            self.pace.settle_on(cpu);
+        }
+        since.set(since.get().wrapping_add(1));
+    }
 }
 
 fn io_error(e: slipstream_core::Error) -> io::Error {
@@ -27,9 +54,7 @@ fn io_error(e: slipstream_core::Error) -> io::Error {
 
 impl PageSource for Source {
     fn extent(&self, address: u64, len_bytes: u32) -> io::Result<Extent> {
-        if let Some(pace) = &self.urgent {
-            pace.hurry();
-        }
+        self.place();
         match self.memory.extent(address, u64::from(len_bytes)).map_err(io_error)? {
             Some(e) => Ok(Extent { len_bytes: e.len_bytes as u32, present: e.present }),
             None => Err(io::Error::from_raw_os_error(libc::EFAULT)),
@@ -76,11 +101,13 @@ impl PageServers {
 
 fn serve(channel: Channel, memory: Arc<FrozenMemory>, pace: Arc<Pace>) {
     let purpose = channel.purpose();
+    let connection = channel.closer();
     let mut server = PageServer::new(channel);
-    let mut source = Source { memory, urgent: None };
+    let placement = RefCell::new(Placement::of_this_thread());
+    let mut source = Source { memory, pace: Arc::clone(&pace), placement, urgent: None };
     if purpose == Purpose::Urgent {
         task::prefer_this_thread();
-        source.urgent = Some(pace);
+        source.urgent = Some((connection, Cell::new(0)));
     } else {
         task::give_way();
         server = server.with_pace(pace);

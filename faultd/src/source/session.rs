@@ -17,8 +17,8 @@ use crate::source::commit;
 use crate::source::interrupt::Interrupts;
 use crate::source::local::{self, Local};
 use crate::source::page_server::{PageServers, send_present_map};
+use crate::source::presend::{Captured, Presender};
 use prost::Message;
-use slipstream_core::capture::assemble;
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::freeze::Frozen;
@@ -29,7 +29,6 @@ use slipstream_core::proc::claim::Claim;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -98,7 +97,7 @@ struct AtTheBrink {
     report: Event,
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
     fn run(&mut self) -> Result<()> {
         let pid = self.config.pid;
         let (mut local, _claim) = self.preflight()?;
@@ -107,14 +106,15 @@ impl Session<'_> {
         let dir = MigrationDir::create(&self.config.run_dir, Role::Source, &id)?;
         self.write_status(&dir, &id, "prepare", None);
         let prepared = self.before_freeze(&mut local, &id);
-        let (mut link, lanes, scratch) = match prepared {
+        let (mut link, lanes, scratch, mut presender) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => {
                 dir.remove();
                 return Err(e);
             }
         };
-        let brink = match self.move_state(&mut link, &scratch, &local, &dir) {
+        let moved = self.move_state(&mut link, &scratch, &mut local, &mut presender, &dir);
+        let brink = match moved {
             Ok(brink) => brink,
             Err(e) => {
                 dir.remove();
@@ -129,6 +129,8 @@ impl Session<'_> {
             }
             Err(e) => return Err(self.wait_for_recovery(&dir, &id, e)),
         };
+        // What was kept to compare pages with is of no more use.
+        drop(presender);
         self.write_status(&dir, &id, "drain", None);
         match self.drain(&mut link, lanes, memory, &dir, &id) {
             Ok(done) => self.finish(&mut link, &scratch, dir, done),
@@ -141,14 +143,18 @@ impl Session<'_> {
         &mut self,
         local: &mut Local,
         id: &str,
-    ) -> Result<(Connections, Vec<Channel>, SourceScratch)> {
+    ) -> Result<(Connections, Vec<Channel>, SourceScratch, Presender<'a>)> {
         let (mut link, verdict) = self.negotiate(local, id)?;
         if verdict.foreign_vdso {
             local.avoid = local::vdso_range(self.config.pid)?;
         }
+        local.elsewhere = verdict.boot_id != clocks::boot_id()?;
         let lanes = self.connect_lanes(&link, &verdict)?;
-        let scratch = self.prepare(&mut link, local)?;
-        Ok((link, lanes, scratch))
+        self.await_prepared(&mut link)?;
+        let mut presender = Presender::new(self.config.pid, self.interrupts, self.config.timeout)?;
+        presender.ahead(&mut link.sender, &mut link.receiver, local, false)?;
+        let scratch = self.map_scratch(&mut link, local)?;
+        Ok((link, lanes, scratch, presender))
     }
 
     /// The claim comes first: what is seen without it may be a process that another migration stops.
@@ -246,8 +252,8 @@ impl Session<'_> {
         Ok(lanes)
     }
 
-    /// Answers clock probes until the destination is prepared, and maps the scratch memory.
-    fn prepare(&mut self, link: &mut Connections, local: &mut Local) -> Result<SourceScratch> {
+    /// Answers clock probes until the destination is prepared.
+    fn await_prepared(&mut self, link: &mut Connections) -> Result<()> {
         let offsets = clocks::namespace_offsets(&self.config.pid.to_string())?;
         loop {
             match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
@@ -259,10 +265,14 @@ impl Session<'_> {
                     };
                     say_to_destination(&mut link.sender, SourceMessage::ClockReading(reading))?;
                 }
-                DestinationMessage::Prepared(_) => break,
+                DestinationMessage::Prepared(_) => return Ok(()),
                 _ => return unexpected("a clock probe"),
             }
         }
+    }
+
+    /// The last thing before the freeze.
+    fn map_scratch(&mut self, link: &mut Connections, local: &mut Local) -> Result<SourceScratch> {
         let scratch = SourceScratch::map(self.config.pid, self.config.timeout)?;
         let prepared = failpoints::pass("source-scratch")
             .and_then(|()| local::refresh(self.config.pid, local))
@@ -278,18 +288,15 @@ impl Session<'_> {
         &mut self,
         link: &mut Connections,
         scratch: &SourceScratch,
-        local: &Local,
+        local: &mut Local,
+        presender: &mut Presender<'_>,
         dir: &MigrationDir,
     ) -> Result<AtTheBrink> {
         self.enter("freeze");
-        let frozen_at = Instant::now();
-        let frozen = freeze_outside(self.config.pid, local.avoid.as_ref(), self.config.timeout)?;
-        let mut parts = BlackoutParts { freeze_us: us(frozen_at), ..BlackoutParts::default() };
-        failpoints::pass("source-frozen")?;
-        let captured_at = Instant::now();
-        let manifest = assemble::capture(&frozen, scratch, &local.prior)?;
+        let Captured { frozen, manifest, frozen_at, mut parts } =
+            presender.freeze(&mut link.sender, &mut link.receiver, scratch, local)?;
         let encoded = manifest.encode_to_vec();
-        parts.capture_us = us(captured_at);
+        parts.state_bytes = encoded.len() as u64;
         failpoints::pass("source-captured")?;
         let sent_at = Instant::now();
         say_to_destination(&mut link.sender, SourceMessage::Manifest(encoded))?;
@@ -474,26 +481,6 @@ impl Session<'_> {
             reason,
             remedy: error.remedy().to_owned(),
             outcome,
-        }
-    }
-}
-
-/// Freezes the process while no thread is inside `avoid`; a thread that is there leaves it at once.
-fn freeze_outside(pid: i32, avoid: Option<&Range<u64>>, timeout: Duration) -> Result<Frozen> {
-    let deadline = Instant::now() + timeout;
-    loop {
-        let frozen = Frozen::freeze(pid, timeout)?;
-        let inside = |range: &Range<u64>| frozen.any_inside(range);
-        if !avoid.is_some_and(inside) {
-            return Ok(frozen);
-        }
-        frozen.thaw()?;
-        if Instant::now() >= deadline {
-            return Err(Error::Refused {
-                reason: "its threads are in the vdso all the time, and the destination has another"
-                    .into(),
-                remedy: "try again, or move to a host with the same kernel".into(),
-            });
         }
     }
 }

@@ -1,6 +1,7 @@
 //! memfds, open or only mapped.
 
 use super::{Capture, MEMFD_BYTES_MAX, Open};
+use crate::capture::presend::{CHANGED_BYTES_MAX, MemfdChanges, Presend};
 use crate::error::Error;
 use crate::manifest::{FileKind, Memfd, OpenFile, PageData};
 use crate::preflight::Blocker;
@@ -13,10 +14,12 @@ use nix::sys::stat::fstat;
 use nix::unistd::{Whence, lseek};
 use std::collections::HashSet;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 const F_GET_SEALS: i32 = 1034;
+const PAGE: u64 = 4096;
 const HUGETLBFS: i64 = 0x9584_58f6;
 const PREFIX: &[u8] = b"/memfd:";
 const SUFFIX: &[u8] = b" (deleted)";
@@ -82,7 +85,7 @@ impl Capture<'_> {
             seals: seals as u32,
             huge_page_size: if huge { fs.block_size() as u64 } else { 0 },
             mode: stat.st_mode & 0o7777,
-            extents: Vec::new(),
+            ..Memfd::default()
         };
         if !self.has_memfd(inode) {
             self.memfd_bytes = self.memfd_bytes.saturating_add(stat.st_blocks as u64 * 512);
@@ -93,11 +96,49 @@ impl Capture<'_> {
                     "use anonymous shared memory instead",
                 ));
             }
-            if self.options.memfd_content {
-                memfd.extents = read_extents(&file, &memfd).map_err(sys_error)?;
+            if let Some(presend) = self.options.content {
+                self.content(presend, &file, &mut memfd).map_err(unknown)?;
+            } else {
+                self.out.memfd_paths.insert(inode, path.to_owned());
             }
         }
         Ok(memfd)
+    }
+
+    /// Adds what the destination does not have yet, as far as there is room for it.
+    fn content(
+        &mut self,
+        presend: &Presend,
+        file: &File,
+        memfd: &mut Memfd,
+    ) -> crate::error::Result<()> {
+        if self.out.changing.is_some() {
+            return Ok(());
+        }
+        let room = CHANGED_BYTES_MAX.saturating_sub(self.out.content_bytes);
+        let changes = match presend.memfd_changes(memfd, room) {
+            Ok(Some(changes)) => {
+                memfd.staged = true;
+                changes
+            }
+            Ok(None) => match read_whole(file, memfd, room)? {
+                Ok(changes) => changes,
+                Err(bytes) => {
+                    let name = String::from_utf8_lossy(&memfd.name);
+                    self.out.changing = Some((format!("memfd {name}"), bytes));
+                    return Ok(());
+                }
+            },
+            Err(Error::Changing { object, bytes }) => {
+                self.out.changing = Some((object, bytes));
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        self.out.content_bytes += changes.bytes;
+        memfd.extents = changes.extents;
+        memfd.zeros = changes.zeros;
+        Ok(())
     }
 
     fn has_memfd(&self, inode: u64) -> bool {
@@ -111,32 +152,51 @@ impl Capture<'_> {
 /// Length of a piece of content, where pages are small. A huge page is a piece: restore relies on it.
 const PIECE_LEN: u64 = 1 << 20;
 
-/// The data of a memfd as pieces, without holes where the file system knows them (hugetlbfs does
-/// not) and without pieces that are all zeros.
-fn read_extents(file: &File, memfd: &Memfd) -> nix::Result<Vec<PageData>> {
-    let size = memfd.size;
+/// The content of a memfd that was not sent ahead, or how much it is if that is more than `room`.
+fn read_whole(
+    file: &File,
+    memfd: &Memfd,
+    room: u64,
+) -> crate::error::Result<Result<MemfdChanges, u64>> {
     let piece_len = if memfd.huge_page_size > 0 { memfd.huge_page_size } else { PIECE_LEN };
-    let mut extents = Vec::new();
+    let mut changes = MemfdChanges::default();
+    for run in data_runs(file, memfd)? {
+        let mut at = run.start;
+        while at < run.end {
+            let mut bytes = vec![0; (run.end.min(memfd.size) - at).min(piece_len) as usize];
+            file.read_exact_at(&mut bytes, at).map_err(|e| Error::io("read a memfd", e))?;
+            let len = bytes.len() as u64;
+            if bytes.iter().any(|b| *b != 0) {
+                changes.bytes += len;
+                if changes.bytes > room {
+                    return Ok(Err(changes.bytes));
+                }
+                changes.extents.push(PageData { address: at, bytes });
+            }
+            at += piece_len.min(len.next_multiple_of(PAGE));
+        }
+    }
+    Ok(Ok(changes))
+}
+
+/// The pages of a memfd that may hold data: without holes where the file system knows them (hugetlbfs
+/// does not). Ends at a page, perhaps behind the end of the file.
+pub(crate) fn data_runs(file: &File, memfd: &Memfd) -> crate::error::Result<Vec<Range<u64>>> {
+    let fail = |e| Error::sys("find data in a memfd", e);
+    let size = memfd.size.next_multiple_of(PAGE);
+    let mut runs = Vec::new();
     let mut at = 0;
     while at < size {
         let (start, end) = match lseek(file, at as i64, Whence::SeekData) {
-            Ok(start) => (start as u64, lseek(file, start, Whence::SeekHole)? as u64),
+            Ok(start) => (start as u64, lseek(file, start, Whence::SeekHole).map_err(fail)? as u64),
             Err(Errno::ENXIO) => break,
             Err(_) => (at, size),
         };
-        let end = end.min(size);
-        let mut piece = start;
-        while piece < end {
-            let mut bytes = vec![0; (end - piece).min(piece_len) as usize];
-            file.read_exact_at(&mut bytes, piece)
-                .map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
-            let len = bytes.len() as u64;
-            if bytes.iter().any(|b| *b != 0) {
-                extents.push(PageData { address: piece, bytes });
-            }
-            piece += len;
+        let end = end.next_multiple_of(PAGE).min(size);
+        if start < end {
+            runs.push(start / PAGE * PAGE..end);
         }
         at = end.max(at + 1);
     }
-    Ok(extents)
+    Ok(runs)
 }

@@ -1,6 +1,7 @@
 //! Every refusal, with a real process that holds the thing.
 
 use super::*;
+use crate::capture::presend::Presend;
 use crate::testing::{Child, ok};
 use std::ffi::CString;
 use std::os::fd::AsRawFd;
@@ -118,8 +119,7 @@ fn what_others_hold_too() {
     assert!(child.capture().is_ok());
     // What nobody looked for is reported, not guessed at.
     let holders = Holders::default();
-    let options =
-        FileOptions { stdio: &StdioPolicy::Keep, holders: &holders, memfd_content: false };
+    let options = FileOptions { stdio: &StdioPolicy::Keep, holders: &holders, content: None };
     let captured = capture_files(child.pid, &[], &options).unwrap();
     assert_eq!(captured.unexamined.len(), 2);
 }
@@ -164,7 +164,9 @@ fn a_thousand_descriptors_take_no_time() {
         }
     });
     let holders = child.holders();
-    let options = FileOptions { stdio: &StdioPolicy::Keep, holders: &holders, memfd_content: true };
+    let nothing_sent = Presend::new().unwrap();
+    let options =
+        FileOptions { stdio: &StdioPolicy::Keep, holders: &holders, content: Some(&nothing_sent) };
     let (mut best_us, mut files) = (u128::MAX, 0);
     for _ in 0..5 {
         let start = std::time::Instant::now();
@@ -178,10 +180,11 @@ fn a_thousand_descriptors_take_no_time() {
 
 #[test]
 fn a_process_that_is_not() {
+    let nothing_sent = Presend::new().unwrap();
     let options = FileOptions {
         stdio: &StdioPolicy::Keep,
         holders: &Holders::default(),
-        memfd_content: true,
+        content: Some(&nothing_sent),
     };
     let got = capture_files(i32::MAX, &[], &options).unwrap_err();
     assert!(got[0].to_string().contains("ended"), "{}", got[0]);

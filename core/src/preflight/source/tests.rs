@@ -204,3 +204,23 @@ fn all_blockers_in_one_report() {
         assert_blocked(child.pid, text);
     }
 }
+
+#[test]
+fn too_many_written_pages_of_files() {
+    let text = |kib: u64| {
+        format!(
+            "7f0000000000-7f0040000000 rw-p 00000000 fe:01 17 /data/big\nKernelPageSize: 4 kB\n\
+             Anonymous: {kib} kB\nVmFlags: rd wr mr mw me ac\n"
+        )
+    };
+    let blockers = |kib: u64| {
+        let mut blockers = Vec::new();
+        written_pages(&smaps::parse(text(kib).as_bytes()).unwrap(), &mut blockers);
+        blockers
+    };
+    let most = WRITTEN_LEN_MAX / 1024;
+    assert!(blockers(most).is_empty());
+    let found = blockers(most + 4);
+    assert_eq!(found.len(), 1);
+    assert!(found[0].to_string().contains("/data/big"), "{}", found[0]);
+}

@@ -3,7 +3,7 @@
 use super::{O_CLOEXEC, PlannedFiles, Planner, Result, bad};
 use crate::capture::files::MEMFD_BYTES_MAX;
 use crate::manifest::{FileKind, Manifest, Memfd, OpenFile, PageData};
-use crate::program::Program;
+use crate::program::{Program, Ref};
 use std::collections::HashSet;
 
 const MFD_CLOEXEC: u64 = 1;
@@ -20,9 +20,10 @@ impl Planner<'_> {
     /// were opened through `/proc`, and are again.
     pub(super) fn memfd(&mut self, memfd: &Memfd, file: &OpenFile, at: i32) -> Result<()> {
         let known = self.planned.memfds.get(&memfd.inode).copied();
-        let (master, first) = match known {
-            Some(master) => (master, false),
-            None => (self.make_memfd(memfd)?, true),
+        let first = self.memfds_met.insert(memfd.inode);
+        let master = match known {
+            Some(master) => master,
+            None => self.make_memfd(memfd)?,
         };
         let read_write = file.flags & libc::O_ACCMODE as u32 == libc::O_RDWR as u32;
         if first && read_write {
@@ -35,25 +36,13 @@ impl Planner<'_> {
 
     fn make_memfd(&mut self, memfd: &Memfd) -> Result<i32> {
         check(memfd)?;
+        if memfd.staged {
+            return Err(bad(format!("memfd {:#x} was not sent before", memfd.inode)));
+        }
         let name = String::from_utf8_lossy(&memfd.name).into_owned();
-        let text = self.program.c_string(&memfd.name);
-        let mut flags = MFD_CLOEXEC;
-        if memfd.seals != F_SEAL_SEAL {
-            flags |= MFD_ALLOW_SEALING;
-        }
-        if memfd.huge_page_size > 0 {
-            let log2 = u64::from(memfd.huge_page_size.trailing_zeros());
-            flags |= MFD_HUGETLB | log2 << MFD_HUGE_SHIFT;
-        }
-        let what = format!("make memfd {name}");
-        let args = [text.into(), flags.into()];
-        let fd = self.program.must(what, libc::SYS_memfd_create, args);
+        let fd = plan_memfd(memfd, self.program);
         let master = self.temporary();
         self.shift(fd, master);
-        let args = [master.into(), memfd.size.into()];
-        self.program.must(format!("size memfd {name}"), libc::SYS_ftruncate, args);
-        let args = [master.into(), memfd.mode.into()];
-        self.program.must(format!("set the mode of memfd {name}"), libc::SYS_fchmod, args);
         for piece in &memfd.extents {
             if memfd.huge_page_size > 0 {
                 self.fill_huge(master, piece);
@@ -93,22 +82,51 @@ impl Planner<'_> {
     }
 }
 
-fn check(memfd: &Memfd) -> Result<()> {
+/// Appends the making of an empty memfd.
+pub(crate) fn plan_memfd(memfd: &Memfd, p: &mut Program) -> Ref {
+    let name = String::from_utf8_lossy(&memfd.name).into_owned();
+    let text = p.c_string(&memfd.name);
+    let mut flags = MFD_CLOEXEC;
+    if memfd.seals != F_SEAL_SEAL {
+        flags |= MFD_ALLOW_SEALING;
+    }
+    if memfd.huge_page_size > 0 {
+        let log2 = u64::from(memfd.huge_page_size.trailing_zeros());
+        flags |= MFD_HUGETLB | log2 << MFD_HUGE_SHIFT;
+    }
+    let args = [text.into(), flags.into()];
+    let fd = p.must(format!("make memfd {name}"), libc::SYS_memfd_create, args);
+    let args = [fd.into(), memfd.size.into()];
+    p.must(format!("size memfd {name}"), libc::SYS_ftruncate, args);
+    let args = [fd.into(), memfd.mode.into()];
+    p.must(format!("set the mode of memfd {name}"), libc::SYS_fchmod, args);
+    fd
+}
+
+/// Refuses what no source sends.
+pub(crate) fn check(memfd: &Memfd) -> Result<()> {
     let huge = memfd.huge_page_size;
     let within = |piece: &PageData| {
         let end = piece.address.checked_add(piece.bytes.len() as u64);
-        let page =
-            huge == 0 || piece.address.is_multiple_of(huge) && piece.bytes.len() as u64 == huge;
+        let page = huge == 0
+            || memfd.staged
+            || piece.address.is_multiple_of(huge) && piece.bytes.len() as u64 == huge;
         page && !piece.bytes.is_empty() && end.is_some_and(|end| end <= memfd.size)
     };
     let bytes = memfd.extents.iter().fold(0u64, |n, p| n.saturating_add(p.bytes.len() as u64));
+    let zeros =
+        memfd.zeros.iter().fold(0u64, |n, z| n.saturating_add(z.end.saturating_sub(z.start)));
     let good = !memfd.name.contains(&0)
         && i64::try_from(memfd.size).is_ok()
         && (huge == 0 || huge.is_power_of_two() && huge > 4096 && memfd.size.is_multiple_of(huge))
         && memfd.mode & !0o7777 == 0
         && memfd.extents.len() <= PIECES_MAX
         && bytes <= MEMFD_BYTES_MAX
-        && memfd.extents.iter().all(within);
+        && memfd.extents.iter().all(within)
+        && (memfd.staged || memfd.zeros.is_empty())
+        && memfd.zeros.len() <= PIECES_MAX
+        && memfd.zeros.iter().all(|z| z.start < z.end && z.end <= memfd.size)
+        && zeros <= MEMFD_BYTES_MAX;
     if good { Ok(()) } else { Err(bad(format!("memfd {:#x}", memfd.inode))) }
 }
 
@@ -118,11 +136,15 @@ pub(super) fn add_seals(manifest: &Manifest, planned: &PlannedFiles, program: &m
     for file in &manifest.files {
         let Some(FileKind::Memfd(memfd)) = &file.kind else { continue };
         let Some(master) = planned.memfds.get(&memfd.inode) else { continue };
-        // F_SEAL_SEAL alone is how a memfd that may not be sealed begins.
-        if memfd.seals == 0 || memfd.seals == F_SEAL_SEAL || !done.insert(memfd.inode) {
+        if memfd.seals == 0 || !done.insert(memfd.inode) {
             continue;
         }
         let args = [(*master).into(), F_ADD_SEALS.into(), memfd.seals.into()];
-        program.must("seal a memfd", libc::SYS_fcntl, args);
+        if memfd.seals == F_SEAL_SEAL {
+            // That is how a memfd that may not be sealed begins: then it is refused, and there already.
+            program.may("seal a memfd", libc::SYS_fcntl, args);
+        } else {
+            program.must("seal a memfd", libc::SYS_fcntl, args);
+        }
     }
 }

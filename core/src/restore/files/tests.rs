@@ -75,7 +75,7 @@ fn restore(captured: &CapturedFiles) -> Child {
         file.owner = if file.owner == 0 { 0 } else { child.pid };
     }
     let mut program = Program::new(entries as u64, data as u64);
-    let planned = plan_files(&manifest, &mut program, &[]).unwrap();
+    let planned = plan_files(&manifest, &mut program, &[], &[]).unwrap();
     for index in 0..manifest.files.len() as u32 {
         if manifest.descriptors.iter().all(|d| d.file != index) {
             let from = planned.memfd(&manifest, index).unwrap();
@@ -402,7 +402,7 @@ fn redirected_streams_are_restored() {
 fn refused(files: Vec<OpenFile>, descriptors: Vec<Descriptor>, reserved: &[i32]) -> String {
     let manifest = Manifest { files, descriptors, ..Manifest::default() };
     let mut program = Program::new(0x1000, 0x8000);
-    plan_files(&manifest, &mut program, reserved).unwrap_err().to_string()
+    plan_files(&manifest, &mut program, reserved, &[]).unwrap_err().to_string()
 }
 
 fn file(kind: FileKind) -> OpenFile {
@@ -435,7 +435,7 @@ proptest! {
         let file = OpenFile { flags, ..file(FileKind::Pipe(end)) };
         let manifest = Manifest { files: vec![file.clone(), file], ..Manifest::default() };
         let mut program = Program::new(0x1000, 0x8000);
-        if let Ok(planned) = plan_files(&manifest, &mut program, &[3, 1000]) {
+        if let Ok(planned) = plan_files(&manifest, &mut program, &[3, 1000], &[]) {
             place_files(&manifest, &planned, &mut program);
         }
     }

@@ -131,6 +131,10 @@ impl Edge {
             7 => self.urgent_reply(rng),
             8 | 9 => self.begin(rng),
             10 => self.install(kernel, rng),
+            // The real edge waits some seconds: threads need no longer from a change to its event.
+            11 if self.pages.is_overtaken() && !kernel.is_changing() => {
+                self.pages.forget_overtaken();
+            }
             _ if rng.chance(20) => self.fail_lane(rng),
             _ => self.decide_again(kernel),
         }
@@ -347,6 +351,12 @@ impl Edge {
             self.pages.begin_zero(space, source, len, &mut pieces);
         } else {
             self.pages.begin_copy(space, source, len, &mut pieces);
+        }
+        if self.pages.is_overtaken() {
+            // It may belong to a place that isn't known yet, and is then fetched again.
+            for (source, _) in self.source.range(source..source + len) {
+                self.bulk.remove(&(space, *source));
+            }
         }
         self.open.push(Open { landing, pieces });
     }

@@ -4,6 +4,7 @@ use super::super::SpaceId;
 use super::FIRST;
 use super::edge::regions;
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 
 /// One mapped page.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +38,8 @@ pub enum ThreadState {
     Faulting(Touch),
     /// Woken from a fault.
     Retry(Touch),
+    /// Has changed the address space; its event isn't queued yet.
+    Changed,
     /// Blocked until its events are read.
     Raising,
     /// The `REMOVE` was read; the pages are still there.
@@ -45,6 +48,12 @@ pub enum ThreadState {
         end: u64,
         punch: bool,
     },
+}
+
+impl ThreadState {
+    fn in_a_call(&self) -> bool {
+        matches!(self, Self::Changed | Self::Raising | Self::Zap { .. })
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -64,6 +73,10 @@ pub struct Process {
     /// Events the thread will raise after the present one is read.
     later: Vec<VecDeque<Event>>,
     pub threads: Vec<ThreadState>,
+    /// For each thread what it may still be working on in its call: nobody else's business.
+    pub busy: Vec<Vec<Range<u64>>>,
+    /// For each thread what its last call was about.
+    pub subject: Vec<Range<u64>>,
 }
 
 impl Process {
@@ -73,9 +86,13 @@ impl Process {
 
     /// A thread is changing the address space.
     pub fn in_a_call(&self) -> bool {
-        self.threads
-            .iter()
-            .any(|thread| matches!(thread, ThreadState::Raising | ThreadState::Zap { .. }))
+        self.threads.iter().any(ThreadState::in_a_call)
+    }
+
+    /// True if no thread in a call works on a range.
+    pub fn is_free(&self, range: &Range<u64>) -> bool {
+        let calls = self.threads.iter().zip(&self.busy).filter(|(thread, _)| thread.in_a_call());
+        calls.flat_map(|(_, busy)| busy).all(|b| b.end <= range.start || range.end <= b.start)
     }
 
     /// Copies are refused.
@@ -119,6 +136,8 @@ impl Kernel {
             faults: VecDeque::new(),
             events: VecDeque::new(),
             later: vec![VecDeque::new(); 3],
+            busy: vec![Vec::new(); 3],
+            subject: vec![0..0; 3],
             threads: vec![ThreadState::Idle; 3],
         };
         let mut object_truth = BTreeMap::new();
@@ -140,6 +159,11 @@ impl Kernel {
             !process.changing()
                 && process.threads.iter().all(|thread| matches!(thread, ThreadState::Idle))
         })
+    }
+
+    /// True while events of changes are yet to be read or raised.
+    pub fn is_changing(&self) -> bool {
+        self.processes.iter().any(|process| process.alive && process.changing())
     }
 
     /// With userfaultfd gone, missing pages read as zeros: that must be what they are.
@@ -279,6 +303,9 @@ impl Kernel {
         }
         if registered {
             events.push(Event::Remap { from: start, to, len });
+            if !keep {
+                events.push(Event::Unmap { start, end });
+            }
         }
         self.raise(process, thread, events);
     }
@@ -311,6 +338,8 @@ impl Kernel {
             faults: VecDeque::new(),
             events: VecDeque::new(),
             later: vec![VecDeque::new(); 3],
+            busy: vec![Vec::new(); 3],
+            subject: vec![0..0; 3],
             threads: vec![ThreadState::Idle; 3],
             ..this.clone()
         };
@@ -319,6 +348,8 @@ impl Kernel {
         copy.truth.retain(|page, _| copy.map.contains_key(page));
         self.processes.push(copy);
         self.raise(process, thread, [Event::Fork { child }]);
+        // At once: were another thread's move read before the fork, nothing would say which of both came first.
+        self.queue(process, thread);
     }
 
     /// Only when no event is unread, so that no child is left half-made.
@@ -346,6 +377,14 @@ impl Kernel {
     fn raise(&mut self, process: usize, thread: usize, events: impl IntoIterator<Item = Event>) {
         let this = &mut self.processes[process];
         this.later[thread].extend(events);
+        if !this.later[thread].is_empty() {
+            this.threads[thread] = ThreadState::Changed;
+        }
+    }
+
+    /// Queues the next event of a thread: the address space was changed some time before.
+    pub fn queue(&mut self, process: usize, thread: usize) {
+        let this = &mut self.processes[process];
         if let Some(first) = this.later[thread].pop_front() {
             this.events.push_back((thread, first));
             this.threads[thread] = ThreadState::Raising;
