@@ -4,6 +4,7 @@ use crate::dest::drain::Drain;
 use crate::error::Result;
 use crate::pages::{SpaceId, Span};
 use crate::protocol::PresentRun;
+use slipstream_core::freeze::Frozen;
 use slipstream_core::manifest::{Manifest, vm_flag};
 use slipstream_core::proc::maps::{self, MapLine};
 use slipstream_core::restore::settle::{lock_future, lock_range, unmap_range, wait_left};
@@ -14,8 +15,6 @@ use std::time::Duration;
 
 /// For a thread of a running process to stop for a moment.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-/// Passes over the address space: mappings may change during one.
-const PASSES: usize = 3;
 
 /// Ends fault handling, removes our mappings, and puts back what had to wait for the last page.
 /// `ours` are the ranges that restore mapped, that with its code first.
@@ -37,10 +36,16 @@ pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>])
     Ok(())
 }
 
-/// Unregisters all mappings of the process. What is missed here ends when the last reference goes.
+/// Unregisters all mappings of the process. It stands still meanwhile: a mapping that moves between the look and
+/// the call would be unregistered in part, and a mapping in two parts can't be moved (`mremap` answers EFAULT).
+/// What is missed here ends when the last reference goes.
 fn unregister_process(drain: &Drain, pid: i32) {
-    for _ in 0..PASSES {
-        let Ok(lines) = maps::read(pid) else { return };
+    let frozen = match Frozen::freeze(pid, STOP_TIMEOUT) {
+        Ok(frozen) => frozen,
+        Err(slipstream_core::Error::Gone { .. }) => return,
+        Err(e) => return tracing::warn!("{e}"),
+    };
+    if let Ok(lines) = maps::read(pid) {
         drain.shared(|state| {
             let Some(uffd) = state.uffd(SpaceId::PROCESS) else { return };
             for line in lines {
@@ -48,6 +53,9 @@ fn unregister_process(drain: &Drain, pid: i32) {
                 let _ = uffd.unregister(line.start, line.len());
             }
         });
+    }
+    if let Err(e) = frozen.thaw() {
+        tracing::warn!("{e}");
     }
 }
 
