@@ -41,8 +41,8 @@ pub struct Live {
     pub sender: Sender,
     /// Control connection, from it.
     pub receiver: Receiver,
-    /// For pages.
-    pub lanes: Vec<Channel>,
+    /// Of pages.
+    pub servers: PageServers,
 }
 
 /// A migration past its commit.
@@ -158,7 +158,8 @@ impl Afterwards<'_> {
         let purposes = std::iter::once(Purpose::Urgent).chain((0..bulk).map(Purpose::Bulk));
         let lanes =
             purposes.map(|purpose| self.connect(&addresses, purpose)).collect::<Result<_>>()?;
-        Ok(Joined::Live(Box::new(Live { sender, receiver, lanes })))
+        let servers = PageServers::start(lanes, &self.memory);
+        Ok(Joined::Live(Box::new(Live { sender, receiver, servers })))
     }
 
     fn connect(&self, addresses: &[SocketAddr], purpose: Purpose) -> Result<Channel> {
@@ -187,11 +188,10 @@ impl Afterwards<'_> {
 
     /// Serves pages until the destination has them all.
     fn drain(&mut self, live: Live) -> Result<(Sender, Completed)> {
-        let Live { mut sender, mut receiver, lanes } = live;
+        let Live { mut sender, mut receiver, servers } = live;
         self.write_status("drain", None, String::new());
-        let servers = PageServers::start(lanes, &self.memory);
         let done = self.serve(&mut sender, &mut receiver);
-        servers.stop();
+        drop(servers);
         done.map(|done| (sender, done))
     }
 

@@ -87,13 +87,15 @@ impl PageServers {
             .collect();
         Self { threads, closers }
     }
+}
 
-    /// Ends the lanes and waits for their threads.
-    pub fn stop(self) {
+/// Ends the lanes and waits for their threads.
+impl Drop for PageServers {
+    fn drop(&mut self) {
         for closer in &self.closers {
             closer.close();
         }
-        for thread in self.threads {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }

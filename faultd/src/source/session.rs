@@ -15,6 +15,7 @@ use crate::source::afterwards::{Afterwards, Live};
 use crate::source::commit;
 use crate::source::interrupt::Interrupts;
 use crate::source::local::{self, Local};
+use crate::source::page_server::PageServers;
 use crate::source::presend::{Captured, Presender};
 use crate::source::record::Record;
 use prost::Message;
@@ -85,12 +86,15 @@ struct Connections {
     key: Key,
     sender: Sender,
     receiver: Receiver,
+    /// Until the page servers have them.
+    lanes: Vec<Channel>,
 }
 
 /// The frozen process, its manifest sent, the destination ready.
 struct AtTheBrink {
     frozen: Frozen,
-    memory: FrozenMemory,
+    memory: Arc<FrozenMemory>,
+    servers: PageServers,
     parts: BlackoutParts,
     frozen_at: Instant,
     /// Told after the blackout.
@@ -99,12 +103,13 @@ struct AtTheBrink {
 
 /// The commit has left. Whether the destination has said that its copy runs:
 struct Past {
-    memory: FrozenMemory,
+    memory: Arc<FrozenMemory>,
+    servers: PageServers,
     journal: Journal,
 }
 
 /// What is there before the freeze, and the route of the migration.
-type Ahead<'a> = (Connections, Vec<Channel>, SourceScratch, Presender<'a>, Vec<u8>);
+type Ahead<'a> = (Connections, SourceScratch, Presender<'a>, Vec<u8>);
 
 impl<'a> Session<'a> {
     fn run(&mut self) -> Result<()> {
@@ -115,14 +120,14 @@ impl<'a> Session<'a> {
         let dir = MigrationDir::create(&self.config.run_dir, Role::Source, &id)?;
         self.write_status(&dir, &id, "prepare", None);
         let prepared = self.before_freeze(&mut local, &id);
-        let (mut link, lanes, scratch, mut presender, route) = match prepared {
+        let (mut link, scratch, mut presender, route) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => {
                 dir.remove();
                 return Err(e);
             }
         };
-        let mut record = match self.record(&id, &scratch, route, &lanes) {
+        let mut record = match self.record(&id, &scratch, route, &link.lanes) {
             Ok(record) => record,
             Err(e) => {
                 dir.remove();
@@ -142,7 +147,7 @@ impl<'a> Session<'a> {
             Ok(past) => {
                 // What was kept to compare pages with is of no more use.
                 drop(presender);
-                self.see_through(link, lanes, scratch, dir, record, past)
+                self.see_through(link, scratch, dir, record, past)
             }
             Err(e) => {
                 dir.remove();
@@ -155,7 +160,6 @@ impl<'a> Session<'a> {
     fn see_through(
         &mut self,
         link: Connections,
-        lanes: Vec<Channel>,
         scratch: SourceScratch,
         dir: MigrationDir,
         record: Record,
@@ -166,10 +170,10 @@ impl<'a> Session<'a> {
             self.enter("drain");
         }
         let Connections { sender, receiver, key, .. } = link;
-        let live = resumed.then_some(Live { sender, receiver, lanes });
+        let live = resumed.then_some(Live { sender, receiver, servers: past.servers });
         let after = Afterwards {
             pid: self.config.pid,
-            memory: Arc::new(past.memory),
+            memory: past.memory,
             journal: past.journal,
             started: self.started,
             sink: &mut *self.sink,
@@ -192,12 +196,12 @@ impl<'a> Session<'a> {
             local.avoid = local::vdso_range(self.config.pid)?;
         }
         local.elsewhere = verdict.boot_id != clocks::boot_id()?;
-        let lanes = self.connect_lanes(&link, &verdict)?;
+        link.lanes = self.connect_lanes(&link, &verdict)?;
         self.await_prepared(&mut link)?;
         let mut presender = Presender::new(self.config.pid, self.interrupts, self.config.timeout)?;
         presender.ahead(&mut link.sender, &mut link.receiver, local, false)?;
         let scratch = self.map_scratch(&mut link, local)?;
-        Ok((link, lanes, scratch, presender, verdict.route))
+        Ok((link, scratch, presender, verdict.route))
     }
 
     /// The claim comes first: what is seen without it may be a process that another migration stops.
@@ -266,7 +270,7 @@ impl<'a> Session<'a> {
         }
         (self.sink)(Event::Preflight(events::Preflight { blockers: Vec::new() }));
         failpoints::pass("source-connected")?;
-        Ok((Connections { addresses, key, sender, receiver }, verdict))
+        Ok((Connections { addresses, key, sender, receiver, lanes: Vec::new() }, verdict))
     }
 
     fn timeouts(&self) -> Timeouts {
@@ -347,7 +351,9 @@ impl<'a> Session<'a> {
         failpoints::pass("source-sent")?;
         self.phase = "restore";
         // While the destination restores: what commit and the page server need.
-        let memory = FrozenMemory::open(self.config.pid, &manifest)?;
+        let memory = Arc::new(FrozenMemory::open(self.config.pid, &manifest)?);
+        // The program's first touch comes before this session hears that it has resumed.
+        let servers = PageServers::start(std::mem::take(&mut link.lanes), &memory);
         record.mappings.clone_from(&manifest.mappings);
         record.write(dir)?;
         commit::journal_registers(&frozen, dir)?;
@@ -359,7 +365,7 @@ impl<'a> Session<'a> {
         parts.send_us = us(sent_at).saturating_sub(ready.restore_us);
         failpoints::pass("source-ready")?;
         let report = frozen_event(&manifest);
-        Ok(AtTheBrink { frozen, memory, parts, frozen_at, report })
+        Ok(AtTheBrink { frozen, memory, servers, parts, frozen_at, report })
     }
 
     /// What another session would need in place of this one.
@@ -417,21 +423,22 @@ impl<'a> Session<'a> {
                 None
             }
         };
+        let AtTheBrink { memory, servers, report, parts, .. } = brink;
         let heard = if resumed.is_some() { Heard::Resumed } else { Heard::Nothing };
         let (Next::Serve, Some(resumed)) =
             (commit_protocol::source(Journal::Committing, heard), resumed)
         else {
-            return Ok(Past { memory: brink.memory, journal: Journal::Committing });
+            return Ok(Past { memory, servers, journal: Journal::Committing });
         };
         commit::note_committed(dir);
-        (self.sink)(brink.report);
+        (self.sink)(report);
         (self.sink)(Event::Committed(events::Committed { id: record.id.clone() }));
         (self.sink)(Event::Resumed(events::Resumed {
             dest_pid: resumed.host_pid,
             blackout_us,
-            blackout_parts: brink.parts,
+            blackout_parts: parts,
         }));
-        Ok(Past { memory: brink.memory, journal: Journal::Committed })
+        Ok(Past { memory, servers, journal: Journal::Committed })
     }
 
     /// Ends a migration before commit: the process goes on, without our scratch memory. Whatever was
