@@ -135,10 +135,7 @@ impl Frozen {
         self.held = false;
         let mut first = Ok(());
         for t in &self.threads {
-            let done = ptrace::set_regs(t.tid, &t.regs)
-                .and_then(|()| ptrace::set_sigmask(t.tid, t.sigmask))
-                .and_then(|()| ptrace::detach(t.tid, 0));
-            match done {
+            match let_go(self.pid, t) {
                 Ok(()) | Err(Error::Gone { .. }) => {}
                 Err(e) => first = first.and(Err(e)),
             }
@@ -190,6 +187,23 @@ impl Drop for Frozen {
             let _ = self.release();
         }
     }
+}
+
+/// Gives a thread its registers back and ends its tracing.
+fn let_go(pid: pid_t, t: &FrozenThread) -> Result<()> {
+    let set = || ptrace::set_regs(t.tid, &t.regs);
+    let set = match set() {
+        // Gone, or still in a remote table that did not end in time.
+        Err(Error::Gone { .. }) => {
+            ptrace::interrupt(t.tid)?;
+            match stop(pid, t.tid, Instant::now() + LET_GO)? {
+                Some(_) => set(),
+                None => return Ok(()),
+            }
+        }
+        other => other,
+    };
+    set.and_then(|()| ptrace::set_sigmask(t.tid, t.sigmask)).and_then(|()| ptrace::detach(t.tid, 0))
 }
 
 /// How long a failed freeze waits for a thread it already interrupted.

@@ -191,7 +191,11 @@ pub enum Stop {
 /// Polls of the wait before it starts to sleep between them: stops take microseconds.
 const POLLS_BUSY: u32 = 2000;
 
-/// Waits until a seized thread reports, or `None` at the deadline.
+/// Sleeps between polls that a thread is given even past the deadline. A host that stood still, or a session
+/// that was stopped, comes back to a deadline long past while the thread had no chance to run.
+const SLEEPS_MIN: u32 = 2000;
+
+/// Waits until a seized thread reports, or `None` at the deadline (and 0.2 seconds of polls at least).
 pub fn wait_stop_until(tid: pid_t, deadline: Instant) -> Result<Option<Stop>> {
     let mut polls = 0u32;
     loop {
@@ -203,7 +207,7 @@ pub fn wait_stop_until(tid: pid_t, deadline: Instant) -> Result<Option<Stop>> {
                 polls += 1;
                 if polls <= POLLS_BUSY {
                     std::thread::yield_now();
-                } else if Instant::now() >= deadline {
+                } else if polls > POLLS_BUSY + SLEEPS_MIN && Instant::now() >= deadline {
                     return Ok(None);
                 } else {
                     std::thread::sleep(Duration::from_micros(100));
@@ -227,6 +231,31 @@ fn decode(status: i32) -> Stop {
         Stop::Trap
     } else {
         Stop::Signal(libc::WSTOPSIG(status))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As after a host, or only the tracer, that stood still for as long as the wait may take.
+    #[test]
+    fn a_deadline_that_passed_in_a_standstill_leaves_the_thread_a_moment() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id() as pid_t;
+        seize(pid).unwrap();
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(60));
+            crate::sys::pidfd::PidFd::open(pid).unwrap().kill(libc::SIGWINCH).unwrap();
+        });
+        let stop = wait_stop_until(pid, Instant::now()).unwrap();
+        late.join().unwrap();
+        assert_eq!(stop, Some(Stop::Signal(libc::SIGWINCH)));
+        child.kill().unwrap();
+        // The tracer, so not by `Child::wait` alone: the stop has to be left first.
+        while wait_stop_until(pid, Instant::now() + Duration::from_secs(5)).unwrap()
+            != Some(Stop::Gone)
+        {}
     }
 }
 

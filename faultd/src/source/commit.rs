@@ -20,6 +20,7 @@ const JOURNAL: &str = "commit";
 /// File of the journal with the parked registers: for each thread its number, mask and registers.
 pub const REGISTERS: &str = "parked-registers";
 const END_TIMEOUT: Duration = Duration::from_secs(5);
+const DROP_ATTEMPTS: u32 = 3;
 
 /// Journals the registers that parking takes away. Done early, while the destination restores.
 pub fn journal_registers(frozen: &Frozen, dir: &MigrationDir) -> Result<()> {
@@ -103,8 +104,19 @@ fn parse_registers(image: &[u8]) -> Option<Vec<(i32, u64, Regs)>> {
 }
 
 /// Ends the frozen copy as a program that exits, not as one that is killed: its parent sees an exit,
-/// and nothing is written to memory that others share.
+/// and nothing is written to memory that others share. On a host that is short of processors it may take
+/// more than one attempt.
 pub fn drop_copy(pid: i32, scratch: &SourceScratch) -> Result<()> {
+    for _ in 1..DROP_ATTEMPTS {
+        match try_drop(pid, scratch) {
+            Ok(()) => return Ok(()),
+            Err(e) => tracing::warn!("the frozen copy has not ended yet: {e}"),
+        }
+    }
+    try_drop(pid, scratch)
+}
+
+fn try_drop(pid: i32, scratch: &SourceScratch) -> Result<()> {
     let frozen = match Frozen::freeze(pid, END_TIMEOUT) {
         Ok(frozen) => frozen,
         Err(slipstream_core::Error::Gone { .. }) => return Ok(()),
