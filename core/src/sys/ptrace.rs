@@ -234,6 +234,13 @@ fn decode(status: i32) -> Stop {
     }
 }
 
+/// For tests: the stop of a thread that must stop soon.
+#[cfg(test)]
+pub(crate) fn stopped(tid: pid_t) -> Stop {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    wait_stop_until(tid, deadline).expect("wait").expect("a stop in time")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,16 +259,8 @@ mod tests {
         late.join().unwrap();
         assert_eq!(stop, Some(Stop::Signal(libc::SIGWINCH)));
         child.kill().unwrap();
-        // The tracer, so not by `Child::wait` alone: the stop has to be left first.
-        while wait_stop_until(pid, Instant::now() + Duration::from_secs(5)).unwrap()
-            != Some(Stop::Gone)
-        {}
+        while wait_stop_until(pid, Instant::now()).unwrap() != Some(Stop::Gone) {}
+        // Reaped already.
+        let _ = child.wait();
     }
-}
-
-/// For tests: the stop of a thread that must stop soon.
-#[cfg(test)]
-pub(crate) fn stopped(tid: pid_t) -> Stop {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    wait_stop_until(tid, deadline).expect("wait").expect("a stop in time")
 }
