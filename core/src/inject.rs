@@ -96,6 +96,11 @@ impl SourceScratch {
         stopped.thaw().map(drop)
     }
 
+    /// Number of the process.
+    pub fn pid(&self) -> pid_t {
+        self.pid
+    }
+
     /// The mapping, which is not part of the program's own memory.
     pub fn range(&self) -> std::ops::Range<u64> {
         self.base..self.base + self.len

@@ -11,6 +11,7 @@ pub mod manifest;
 pub mod preflight;
 pub mod proc;
 pub mod program;
+pub mod register;
 pub mod restore;
 pub mod sys;
 #[cfg(test)]

@@ -106,6 +106,18 @@ impl FrozenMemory {
         Ok(())
     }
 
+    /// Calls `found` for every run of pages that can be pinned without making the kernel allocate any.
+    pub fn scan_pinnable(&self, found: &mut dyn FnMut(PageRun)) -> Result<()> {
+        for area in self.areas.iter().filter(|a| !a.alias) {
+            if area.object.is_some() {
+                self.scan_area(area, area.start..area.end, found)?;
+            } else {
+                self.map.scan(area.start, area.end, Wanted::Own, found)?;
+            }
+        }
+        Ok(())
+    }
+
     fn scan_area(
         &self,
         area: &Area,

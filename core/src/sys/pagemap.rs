@@ -23,6 +23,7 @@ const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
 const ENTRY_FILE: u64 = 1 << 61;
 const ENTRY_GUARD: u64 = 1 << 58;
+const ENTRY_EXCLUSIVE: u64 = 1 << 56;
 
 #[repr(C)]
 #[derive(Default)]
@@ -70,6 +71,9 @@ pub enum Wanted {
     Written,
     /// Guard regions.
     Guards,
+    /// Anonymous pages in memory that no other process maps. Neither zero pages nor those that a forked child
+    /// shares are among them.
+    Own,
 }
 
 impl Wanted {
@@ -82,7 +86,13 @@ impl Wanted {
             Wanted::Existing => [guard, guard, exists],
             Wanted::Written => [guard | IS_FILE, guard | IS_FILE, exists],
             Wanted::Guards => [0, IS_GUARD, 0],
+            Wanted::Own => [0, 0, 0],
         }
+    }
+
+    /// Whether `PAGEMAP_SCAN` knows of it at all.
+    fn by_ioctl(self) -> bool {
+        self != Wanted::Own
     }
 
     fn matches(self, entry: u64) -> bool {
@@ -92,6 +102,10 @@ impl Wanted {
             Wanted::Existing => exists,
             Wanted::Written => exists && entry & ENTRY_FILE == 0,
             Wanted::Guards => guard,
+            Wanted::Own => {
+                let own = ENTRY_PRESENT | ENTRY_EXCLUSIVE;
+                entry & (own | ENTRY_FILE | ENTRY_GUARD) == own
+            }
         }
     }
 }
@@ -119,7 +133,7 @@ impl Pagemap {
         wanted: Wanted,
         found: &mut dyn FnMut(PageRun),
     ) -> Result<()> {
-        for guards in [true, false] {
+        for guards in [true, false].into_iter().filter(|_| wanted.by_ioctl()) {
             match self.scan_ioctl(start, end, wanted, guards, found) {
                 // Refused before anything was found: by the category, or as a whole.
                 Err(Errno::ENOTTY | Errno::EINVAL) => {}
@@ -263,5 +277,16 @@ mod tests {
         assert_eq!(runs(&map, base as u64, 16, true), want);
         assert!(map.exists(base as u64 + PAGE).unwrap());
         assert!(!map.exists(base as u64).unwrap());
+        // Reading maps the zero page: it exists, but it is nobody's own.
+        // SAFETY: inside the mapping made above.
+        unsafe { base.add(3 * PAGE as usize).read_volatile() };
+        let mut own = Vec::new();
+        let end = base as u64 + 16 * PAGE;
+        map.scan(base as u64, end, Wanted::Own, &mut |r| {
+            own.push(((r.start - base as u64) / PAGE, (r.end - base as u64) / PAGE));
+        })
+        .unwrap();
+        assert_eq!(own, want);
+        assert_eq!(runs(&map, base as u64, 16, false), vec![(1, 4), (7, 8)]);
     }
 }

@@ -55,6 +55,16 @@ pub fn nice(tid: pid_t) -> nix::Result<i32> {
     result(ret).map(|v| 20 - v as i32)
 }
 
+/// Sets the limit on locked memory of a process.
+pub fn set_memlock_limit(pid: pid_t, soft: u64, hard: u64) -> nix::Result<()> {
+    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: `limit` outlives the call; nothing is written back.
+    let ret = unsafe {
+        libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, &raw const limit, std::ptr::null_mut())
+    };
+    Errno::result(ret).map(drop)
+}
+
 /// CPUs a thread may run on, as a little-endian bit mask without trailing zero bytes.
 pub fn affinity(tid: pid_t) -> nix::Result<Vec<u8>> {
     let mut mask = vec![0u8; CPU_MASK_LEN];
