@@ -5,7 +5,6 @@ use crate::engine::{Engine, MigrateRequest, Migration, Session};
 use crate::events::block_signals;
 use crate::flags::{
     AgentArgs, CheckArgs, Cli, Command, Destination, MigrateArgs, MigrationId, RecoverArgs,
-    Transport,
 };
 use crate::report::{exit_code, failure_text};
 use crate::tables;
@@ -52,15 +51,11 @@ pub fn run(engine: &dyn Engine, command: &Command) -> u8 {
 }
 
 fn agent(engine: &dyn Engine, args: &AgentArgs) -> u8 {
-    let blockers = later(args.transport, false, None);
-    if !blockers.is_empty() {
-        return refuse(blockers, false);
-    }
     end(engine.agent(args, &mut |address| eprintln!("listening on {address}")), |()| {})
 }
 
 fn migrate(engine: &dyn Engine, args: &MigrateArgs) -> u8 {
-    let blockers = later(args.transport, args.tree, Some(&args.destination));
+    let blockers = later(args.tree, Some(&args.destination));
     if !blockers.is_empty() {
         return refuse(blockers, args.json);
     }
@@ -75,7 +70,7 @@ fn recover(engine: &dyn Engine, args: &RecoverArgs) -> u8 {
 }
 
 fn check(engine: &dyn Engine, args: &CheckArgs) -> u8 {
-    let blockers = later(Transport::Auto, false, args.destination.as_ref());
+    let blockers = later(false, args.destination.as_ref());
     if !blockers.is_empty() {
         return refuse(blockers, args.json);
     }
@@ -140,17 +135,13 @@ fn screen(json: bool) -> Screen {
 }
 
 /// What the command line allows and this version can't do yet.
-fn later(transport: Transport, tree: bool, destination: Option<&Destination>) -> Vec<Blocker> {
+fn later(tree: bool, destination: Option<&Destination>) -> Vec<Blocker> {
     let blocker = |object: &str, reason: &str, remedy: &str| Blocker {
         object: object.into(),
         reason: reason.into(),
         remedy: remedy.into(),
     };
     let mut blockers = Vec::new();
-    if transport == Transport::Rdma {
-        let remedy = "use --transport auto or tcp";
-        blockers.push(blocker("--transport rdma", "this version has no RDMA transport", remedy));
-    }
     if tree {
         let remedy = "leave --tree out and move a process that has no children";
         blockers.push(blocker("--tree", "this version moves single processes", remedy));

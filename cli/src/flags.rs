@@ -126,8 +126,8 @@ pub struct AgentArgs {
     #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
     pub run_dir: PathBuf,
     /// What carries the pages
-    #[arg(long, value_name = "KIND", value_enum, default_value_t = Transport::Auto)]
-    pub transport: Transport,
+    #[command(flatten)]
+    pub carrier: CarrierArgs,
 }
 
 /// Arguments of `migrate`.
@@ -148,8 +148,8 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
     /// What carries the pages
-    #[arg(long, value_name = "KIND", value_enum, default_value_t = Transport::Auto)]
-    pub transport: Transport,
+    #[command(flatten)]
+    pub carrier: CarrierArgs,
     /// Move the process with all its descendants (not in this version)
     #[arg(long)]
     pub tree: bool,
@@ -182,6 +182,9 @@ pub struct CheckArgs {
     /// Key file; needed for a tcp:// destination
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
+    /// What would carry the pages
+    #[command(flatten)]
+    pub carrier: CarrierArgs,
     /// Standard streams at the destination, as for migrate
     #[arg(long, value_name = "keep|null|FILE", default_value = "keep")]
     pub stdio: Stdio,
@@ -236,12 +239,26 @@ pub struct KeygenArgs {
     pub file: PathBuf,
 }
 
+/// What carries the pages, and which adapter if it is RDMA.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct CarrierArgs {
+    /// What carries the pages
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Transport::Auto)]
+    pub transport: Transport,
+    /// RDMA device of this host, as in `mlx5_0`; without it the one that fits best
+    #[arg(long, value_name = "NAME")]
+    pub rdma_device: Option<String>,
+    /// Index of the GID of its port; without it the `RoCEv2` GID of the address that the hosts use for TCP
+    #[arg(long, value_name = "N")]
+    pub gid_index: Option<u8>,
+}
+
 /// What carries the pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
-    /// The best both hosts have
+    /// RDMA where both hosts can reach each other by it, else TCP
     Auto,
-    /// RDMA (not in this version)
+    /// RDMA, or the move is refused
     Rdma,
     /// TCP
     Tcp,

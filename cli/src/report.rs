@@ -168,8 +168,15 @@ fn blackout(text: &mut String, resumed: &Resumed) {
 fn drain(text: &mut String, completed: &Completed) {
     let f = &completed.figures;
     let pages = format!("{} of {} pages", grouped(f.pages_present), grouped(f.pages_total));
-    let rate = format!("{}, {} over {}", size(f.bytes), rate(f.mb_per_s), completed.transport);
+    let mut carrier = completed.transport.clone();
+    if completed.rdma_bytes > 0 && completed.rdma_bytes < f.bytes {
+        carrier = format!("rdma, {} of it over tcp", size(f.bytes - completed.rdma_bytes));
+    }
+    let rate = format!("{}, {} over {carrier}", size(f.bytes), rate(f.mb_per_s));
     row(text, "drain", &format!("{:>9}  {pages}, {rate}", duration(completed.drain_us)));
+    if !completed.why_tcp.is_empty() {
+        row(text, "why tcp", &completed.why_tcp);
+    }
     row(text, "faults", &format!("{:>9}  {}", grouped(f.faults), fault_figures(f)));
     row(text, "total", &duration(completed.total_us));
 }

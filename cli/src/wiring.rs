@@ -1,13 +1,14 @@
 //! The engine of this program: the commands wired to `slipstream-faultd`.
 
 use crate::engine::{Control, Engine, Findings, MigrateRequest, Migration, Result, Session};
-use crate::flags::{AgentArgs, CheckArgs, Destination, Stdio};
+use crate::flags::{AgentArgs, CarrierArgs, CheckArgs, Destination, Stdio, Transport};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::preflight::host::check_host;
 use slipstream_core::restore::newborn::{InitConfig, init_main};
 use slipstream_faultd::agent::{self, AgentConfig, SessionArgs};
+use slipstream_faultd::carrier::{Carrier, Wish};
 use slipstream_faultd::dest::{session as destination_session, take_over};
 use slipstream_faultd::events::{Event, Failed, HostFact, Outcome, Role, Status};
 use slipstream_faultd::source::arguments;
@@ -16,6 +17,7 @@ use slipstream_faultd::source::interrupt::Interrupts;
 use slipstream_faultd::source::session::{self as source_session, SourceConfig};
 use slipstream_faultd::{failpoints, rundir, source};
 use slipstream_transport::Key;
+use slipstream_transport::rdma::{Selection, describe_adapters};
 use std::ffi::OsString;
 use std::io::{self, BufReader};
 use std::net::SocketAddr;
@@ -48,16 +50,20 @@ impl Engine for Wired {
             listen: args.listen.to_string(),
             key: absolute(&args.key)?,
             run_dir: absolute(&args.run_dir)?,
+            carrier: carrier(&args.carrier),
             exe: PathBuf::from(SELF),
         };
         agent::run(&config, listening).map_err(|e| refused("agent", &e))
     }
 
     fn check(&self, args: &CheckArgs) -> Result<Findings> {
-        let facts = check_host()
+        let mut facts: Vec<_> = check_host()
             .into_iter()
             .map(|f| HostFact { name: f.name.into(), ok: f.ok || !f.required, detail: f.detail })
             .collect();
+        // RDMA is never needed: a host without it uses TCP.
+        let adapter = |detail: String| HostFact { name: "rdma".into(), ok: true, detail };
+        facts.extend(describe_adapters().into_iter().map(adapter));
         let Some(pid) = args.pid else { return Ok(Findings { facts, preflight: None }) };
         let destination = match (&args.destination, &args.key) {
             (Some(Destination::Agent { host, port }), Some(key)) => {
@@ -66,7 +72,11 @@ impl Engine for Wired {
             _ => None,
         };
         let stdio = stdio_policy(&args.stdio);
-        let preflight = source::check::check(pid, &stdio, destination, args.timeout);
+        let carrier = carrier(&args.carrier);
+        let (preflight, transport) =
+            source::check::check(pid, &stdio, destination, &carrier, args.timeout);
+        let chosen = |detail| HostFact { name: "transport".into(), ok: true, detail };
+        facts.extend(transport.map(chosen));
         Ok(Findings { facts, preflight: Some(preflight) })
     }
 
@@ -248,8 +258,19 @@ fn source_config(request: &MigrateRequest) -> Result<SourceConfig> {
         key: absolute(request.key)?,
         run_dir: absolute(&request.args.run_dir)?,
         stdio: stdio_policy(&request.args.stdio),
+        carrier: carrier(&request.args.carrier),
         timeout: request.args.timeout,
     })
+}
+
+fn carrier(args: &CarrierArgs) -> Carrier {
+    let wish = match args.transport {
+        Transport::Auto => Wish::Auto,
+        Transport::Rdma => Wish::Rdma,
+        Transport::Tcp => Wish::Tcp,
+    };
+    let selection = Selection { device: args.rdma_device.clone(), gid_index: args.gid_index };
+    Carrier { wish, selection }
 }
 
 fn host_port(host: &str, port: u16) -> String {

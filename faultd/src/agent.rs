@@ -5,6 +5,7 @@
 //! handshake itself; a connection with a session's route is handed to that session. So whatever a
 //! peer sends, the agent and the other sessions live.
 
+use crate::carrier::{self, Carrier};
 use crate::dest::take_over;
 use crate::error::{Error, Result};
 use crate::rundir;
@@ -39,6 +40,8 @@ pub struct AgentConfig {
     pub key: PathBuf,
     /// Run directory.
     pub run_dir: PathBuf,
+    /// What may carry the pages.
+    pub carrier: Carrier,
     /// This program, to start sessions from.
     pub exe: PathBuf,
 }
@@ -174,7 +177,8 @@ fn start_session(
             remedy: "try again later".into(),
         });
     }
-    let args = SessionArgs { route, run_dir: config.run_dir.clone(), id };
+    let (run_dir, carrier) = (config.run_dir.clone(), config.carrier.clone());
+    let args = SessionArgs { route, run_dir, carrier, id };
     // The key waits in the socket; the file may be exchanged meanwhile.
     key.hand_over(&ours).map_err(|e| Error::io("hand the key to a session", e))?;
     let mut command = Command::new(&config.exe);
@@ -198,6 +202,8 @@ pub struct SessionArgs {
     pub route: Route,
     /// Run directory.
     pub run_dir: PathBuf,
+    /// What may carry the pages.
+    pub carrier: Carrier,
     /// The migration to take over, if it is one that has begun.
     pub id: Option<String>,
 }
@@ -205,6 +211,7 @@ pub struct SessionArgs {
 impl SessionArgs {
     fn to_args(&self) -> Vec<OsString> {
         let mut args = vec![self.route_text().into(), self.run_dir.clone().into()];
+        args.extend(self.carrier.to_args());
         args.extend(self.id.iter().map(OsString::from));
         args
     }
@@ -216,12 +223,11 @@ impl SessionArgs {
 
     /// From the arguments; `None` when they are malformed.
     pub fn from_args(args: &[OsString]) -> Option<Self> {
-        let (route, run_dir, id) = match args {
-            [route, run_dir] => (route, run_dir, None),
-            [route, run_dir, id] => {
-                let id = id.to_str().filter(|id| rundir::is_id(id))?;
-                (route, run_dir, Some(id.to_owned()))
-            }
+        let [route, run_dir, rest @ ..] = args else { return None };
+        let (carrier, id) = rest.split_at_checked(carrier::ARGS)?;
+        let id = match id {
+            [] => None,
+            [id] => Some(id.to_str().filter(|id| rundir::is_id(id))?.to_owned()),
             _ => return None,
         };
         let hex = route.to_str().filter(|h| h.len() == 32 && h.is_ascii())?;
@@ -229,7 +235,12 @@ impl SessionArgs {
         for (i, byte) in bytes.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).ok()?;
         }
-        Some(Self { route: Route::from_bytes(bytes), run_dir: Path::new(run_dir).into(), id })
+        Some(Self {
+            route: Route::from_bytes(bytes),
+            run_dir: Path::new(run_dir).into(),
+            carrier: Carrier::from_args(carrier)?,
+            id,
+        })
     }
 }
 

@@ -147,8 +147,14 @@ pub struct Completed {
     pub total_us: u64,
     /// From resume to the last page.
     pub drain_us: u64,
-    /// What carried the pages: `tcp` or `rdma`.
+    /// What carried the pages: `tcp`, or `rdma` if any were read so.
     pub transport: String,
+    /// Why not RDMA, or not RDMA alone; empty when nothing stood against it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub why_tcp: String,
+    /// Bytes that were read by RDMA.
+    #[serde(default)]
+    pub rdma_bytes: u64,
     /// The process ended by itself before the last page was in.
     pub exited: bool,
 }
@@ -323,6 +329,8 @@ mod tests {
                 total_us: 9,
                 drain_us: 8,
                 transport: "tcp".into(),
+                why_tcp: String::new(),
+                rdma_bytes: 0,
                 exited: false,
             }),
             Event::Failed(Failed {

@@ -4,6 +4,9 @@
 //! source                                   destination
 //! Hello            ->                       looks at itself
 //!                  <-                       Verdict (blockers, or a route for the lanes)
+//! (where both have an adapter)
+//! RdmaEndpoint     ->                       reads once by RDMA
+//!                  <-                       RdmaVerdict
 //! (lanes connect with that route)
 //!                  <-  ClockProbe ×n  ->    ClockReading
 //!                  <-                       Prepared
@@ -17,7 +20,8 @@
 //! Commit           ->                       gate RUN
 //!                  <-                       Resumed
 //! PresentMap ×n, PresentMapEnd ->           drain
-//!                  <-                       Progress ×n, Completed
+//! Regions ×n       ->                       reads what is in them by RDMA
+//!                  <-                       Progress ×n, RdmaLost, Completed
 //! drop the copy
 //! ```
 //! A connection that breaks after `Commit` was sent is replaced:
@@ -42,7 +46,7 @@ pub const RUNS_PER_MAP: usize = 4096;
 #[derive(Clone, PartialEq, Message)]
 pub struct FromSource {
     /// The message.
-    #[prost(oneof = "SourceMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "SourceMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub message: Option<SourceMessage>,
 }
 
@@ -86,13 +90,19 @@ pub enum SourceMessage {
     /// source copy is stopped, and waits to hear whether it was left for good.
     #[prost(message, tag = "12")]
     Rejoin(Rejoin),
+    /// The source's end of the queue pairs; empty when it can't make them after all.
+    #[prost(bytes, tag = "13")]
+    RdmaEndpoint(Vec<u8>),
+    /// Memory that can be read by RDMA from now on.
+    #[prost(message, tag = "14")]
+    Regions(Regions),
 }
 
 /// From the destination.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromDestination {
     /// The message.
-    #[prost(oneof = "DestinationMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "DestinationMessage", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub message: Option<DestinationMessage>,
 }
 
@@ -129,6 +139,12 @@ pub enum DestinationMessage {
     /// Answers `Rejoin`: what was decided.
     #[prost(message, tag = "10")]
     Outcome(Outcome),
+    /// Whether reading by RDMA works: if not, why.
+    #[prost(message, tag = "11")]
+    RdmaVerdict(Reason),
+    /// Nothing is read by RDMA any more, and why; the rest of the drain goes over TCP.
+    #[prost(message, tag = "12")]
+    RdmaLost(Reason),
 }
 
 /// The source has come back.
@@ -207,6 +223,9 @@ pub struct Hello {
     /// Mapped files carry digests.
     #[prost(bool, tag = "11")]
     pub has_digests: bool,
+    /// The source's adapters, for `slipstream_transport::rdma`; empty for TCP.
+    #[prost(bytes = "vec", tag = "12")]
+    pub rdma_candidates: Vec<u8>,
 }
 
 /// The process's clocks at one moment.
@@ -255,6 +274,12 @@ pub struct Verdict {
     /// The destination's kernel has another vdso: no thread may be inside the old one.
     #[prost(bool, tag = "6")]
     pub foreign_vdso: bool,
+    /// Which of the source's adapters the destination would read from, and its own; empty for TCP.
+    #[prost(bytes = "vec", tag = "7")]
+    pub rdma_pick: Vec<u8>,
+    /// Why none.
+    #[prost(string, tag = "8")]
+    pub why_tcp: String,
 }
 
 /// What the new process gets before the freeze.
@@ -350,6 +375,54 @@ pub struct Completed {
     /// The process ended before.
     #[prost(bool, tag = "3")]
     pub exited: bool,
+    /// Bytes that were read by RDMA.
+    #[prost(uint64, tag = "4")]
+    pub rdma_bytes: u64,
+}
+
+/// Regions of the source's memory: little-endian records of 20 bytes: start address (64 bits), length in bytes (64
+/// bits), remote key (32 bits).
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Regions {
+    /// The records.
+    #[prost(bytes = "vec", tag = "1")]
+    pub records: Vec<u8>,
+}
+
+/// A region that can be read by RDMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionKey {
+    /// First address, also the one that the source's adapter knows it by.
+    pub start: u64,
+    /// Length.
+    pub len_bytes: u64,
+    /// What to show to that adapter.
+    pub rkey: u32,
+}
+
+impl Regions {
+    /// Packs regions.
+    pub fn pack(regions: impl Iterator<Item = RegionKey>) -> Self {
+        let mut records = Vec::new();
+        for r in regions {
+            records.extend_from_slice(&r.start.to_le_bytes());
+            records.extend_from_slice(&r.len_bytes.to_le_bytes());
+            records.extend_from_slice(&r.rkey.to_le_bytes());
+        }
+        Self { records }
+    }
+
+    /// Unpacks regions; `None` when the blob is malformed. What they say is not checked.
+    pub fn unpack(&self) -> Option<impl Iterator<Item = RegionKey> + '_> {
+        let (records, rest) = self.records.as_chunks::<20>();
+        let number = |raw: &[u8]| raw.iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte));
+        let key = move |raw: &[u8; 20]| RegionKey {
+            start: number(&raw[..8]),
+            len_bytes: number(&raw[8..16]),
+            rkey: number(&raw[16..]) as u32,
+        };
+        rest.is_empty().then(|| records.iter().map(key))
+    }
 }
 
 /// A run of the present map.
@@ -408,6 +481,17 @@ mod tests {
             PresentRun { start: 2 << 20, len_bytes: 2 << 20, huge: true },
         ];
         assert_eq!(PresentMap::pack(&runs).unpack(), Some(runs));
+    }
+
+    #[test]
+    fn regions_round_trip() {
+        let regions = [
+            RegionKey { start: 4096, len_bytes: 1 << 20, rkey: 7 },
+            RegionKey { start: 1 << 40, len_bytes: 8192, rkey: u32::MAX },
+        ];
+        let packed = Regions::pack(regions.into_iter());
+        assert_eq!(packed.unpack().unwrap().collect::<Vec<_>>(), regions);
+        assert!(Regions { records: vec![0; 19] }.unpack().is_none());
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use crate::record::{Fill, RecordReader, RecordWriter};
 use crate::socket::{Socket, Wait};
 use nix::sys::socket::Shutdown;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -153,6 +153,16 @@ impl Channel {
     /// The name of the far end, for messages.
     pub fn peer(&self) -> Arc<str> {
         self.sender.socket.peer()
+    }
+
+    /// The address of this end.
+    pub fn local_ip(&self) -> IpAddr {
+        self.sender.socket.local_ip()
+    }
+
+    /// The address of the far end.
+    pub fn peer_ip(&self) -> IpAddr {
+        self.sender.socket.peer_ip()
     }
 
     /// A handle to end the connection by.

@@ -29,6 +29,12 @@ pub enum Error {
         /// What the resolver says.
         source: io::Error,
     },
+    /// Reading by RDMA can't be had, or has failed.
+    #[error("{what}")]
+    Rdma {
+        /// Why, naming the adapter or the step.
+        what: String,
+    },
     /// Nobody listens at the address.
     #[error(
         "{peer} refused the connection; start `slipstream agent` there or check the port and the firewall"

@@ -80,6 +80,11 @@ pub trait PageLane: Send {
 
     /// Readable when `next(Block::No)` may give something. Call that until it gives None, then poll again.
     fn raw_fd(&self) -> Option<RawFd>;
+
+    /// True while an answer is expected so soon that sleeping would take longer: call `next` again at once.
+    fn busy_poll(&self) -> bool {
+        false
+    }
 }
 
 /// The leading run of a range that is all present or all absent.

@@ -23,6 +23,9 @@ pub mod mock;
 mod outstanding;
 pub mod pace;
 pub mod preamble;
+#[cfg(not(feature = "rdma"))]
+#[path = "without_rdma.rs"]
+pub mod rdma;
 mod record;
 mod socket;
 pub mod tcp;

@@ -6,7 +6,7 @@ use crate::lane::Block;
 use crate::record::{Fill, RecordReader, RecordWriter};
 use crate::socket::Socket;
 use nix::sys::socket::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -192,9 +192,9 @@ fn begin<'a>(
     Ok((Partial { len, bytes: Vec::new() }, bytes))
 }
 
-impl AsRawFd for Receiver {
-    /// Readable when `try_recv` may give something (look at `has_buffered` first).
-    fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+impl AsFd for Receiver {
+    /// Readable when `recv` may give something (look at `has_buffered` first).
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }

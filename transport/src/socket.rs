@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::socket::{self, MsgFlags, Shutdown, SockaddrStorage, sockopt};
 use nix::sys::time::TimeSpec;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -81,6 +82,16 @@ impl Socket {
     /// The name of the far end, for messages.
     pub(crate) fn peer(&self) -> Arc<str> {
         Arc::clone(&self.peer)
+    }
+
+    /// The address of this end; the unspecified one where a socket has none.
+    pub(crate) fn local_ip(&self) -> IpAddr {
+        ip_of(socket::getsockname(self.as_raw_fd()))
+    }
+
+    /// The address of the far end.
+    pub(crate) fn peer_ip(&self) -> IpAddr {
+        ip_of(socket::getpeername(self.as_raw_fd()))
     }
 
     /// Reads what is there, at least one byte; 0 is the end of the stream.
@@ -182,6 +193,13 @@ fn flags(block: Block) -> MsgFlags {
         Block::Forever => MsgFlags::empty(),
         Block::No | Block::Until(_) => MsgFlags::MSG_DONTWAIT,
     }
+}
+
+fn ip_of(address: nix::Result<SockaddrStorage>) -> IpAddr {
+    let Ok(address) = address else { return IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
+    let v6 = address.as_sockaddr_in6().map(|a| a.ip().to_canonical());
+    let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+    v4.or(v6).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
 }
 
 fn peer_name(fd: &impl AsFd) -> Arc<str> {

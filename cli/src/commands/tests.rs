@@ -114,13 +114,11 @@ fn what_comes_later_is_refused_before_the_engine_is_asked() {
     for line in [
         "slipstream migrate 7 me@b",
         "slipstream migrate 7 tcp://b:9 --key k --tree",
-        "slipstream migrate 7 tcp://b:9 --key k --transport rdma",
-        "slipstream agent --listen 127.0.0.1:0 --key k --transport rdma",
         "slipstream check 7 b",
     ] {
         assert_eq!(asked(line), (3, vec![]), "{line}");
     }
-    assert_eq!(later(Transport::Rdma, true, Some(&Destination::Ssh("b".into()))).len(), 3);
+    assert_eq!(later(true, Some(&Destination::Ssh("b".into()))).len(), 2);
 }
 
 #[test]
@@ -148,7 +146,7 @@ fn failures_decide_the_exit_code() {
 
 #[test]
 fn check_says_by_its_exit_code_whether_something_stands_in_the_way() {
-    let blocker = later(Transport::Rdma, false, None);
+    let blocker = later(true, None);
     let fake = Fake { blockers: blocker, ..Fake::default() };
     assert_eq!(try_run(&fake, "slipstream check 7"), 3);
 }

@@ -1,15 +1,16 @@
 //! The course of a drain, from the first page to the last: the same for the session that restored the
 //! process and for one that took over.
 
-use crate::control::{hear_source, say_to_source};
+use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::drain::Drain;
 use crate::dest::held::Account;
 use crate::dest::present::receive_present_map;
+use crate::dest::rdma::Watch;
 use crate::dest::{bulk, faults, finish};
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
 use crate::failpoints;
-use crate::protocol::{Completed, DestinationMessage, Figures};
+use crate::protocol::{Completed, DestinationMessage, Figures, SourceMessage};
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
 use slipstream_core::manifest::Manifest;
@@ -17,7 +18,7 @@ use slipstream_core::restore::engine::TimedThread;
 use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::poll;
-use slipstream_transport::{Channel, Receiver, Sender, TcpPageLane};
+use slipstream_transport::{PageLane, Receiver, Sender};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -26,6 +27,8 @@ use std::time::{Duration, Instant, SystemTime};
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// The end of a drain is noticed this fast.
 const TICK: Duration = Duration::from_millis(1);
+/// For the rest of a message that has begun to arrive.
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 /// For the source to say goodbye after completion.
 const BYE_TIMEOUT: Duration = Duration::from_secs(10);
 /// For a thread that is in a system call on a connection which is no more.
@@ -59,30 +62,30 @@ pub struct Course<'a> {
     pub process: &'a PidFd,
     /// When the process resumed, or the drain was taken up.
     pub since: Instant,
+    /// What is read by RDMA, if anything is.
+    pub rdma: Option<Watch>,
 }
 
 impl Course<'_> {
     /// Starts the thread that answers faults.
-    pub fn start_faults(&self, urgent: Channel) -> Result<JoinHandle<()>> {
-        faults::start(Arc::clone(&self.drain), Box::new(TcpPageLane::new(urgent)))
+    pub fn start_faults(&self, urgent: Option<Box<dyn PageLane>>) -> Result<JoinHandle<()>> {
+        let urgent = urgent.ok_or_else(|| Error::Internal("no urgent lane".into()))?;
+        faults::start(Arc::clone(&self.drain), urgent)
     }
 
     /// Serves pages until nothing is missing, and tells the source.
     pub fn run(
-        &self,
+        &mut self,
         link: &mut Link<'_>,
         fault_thread: JoinHandle<()>,
-        bulk: Vec<Channel>,
+        bulk: impl Iterator<Item = Box<dyn PageLane>>,
         timed: &[TimedThread],
     ) -> Result<()> {
         self.tell("drain", "");
         if let Err(e) = settle_timed(self.process.pid(), timed) {
             tracing::warn!("{e}");
         }
-        let lanes = bulk.into_iter().map(|lane| {
-            let lane = TcpPageLane::new(lane).with_pace(Arc::clone(self.drain.pace()));
-            bulk::start(Arc::clone(&self.drain), Box::new(lane))
-        });
+        let lanes = bulk.map(|lane| bulk::start(Arc::clone(&self.drain), lane));
         let threads: Vec<_> = lanes.chain(std::iter::once(fault_thread)).collect();
         let manifest = self.account.manifest();
         if let Err(e) = self.fetch(link, &manifest) {
@@ -98,7 +101,9 @@ impl Course<'_> {
         finish::finish(&self.drain, &manifest, self.process, &self.account.ours())?;
         self.drain.end();
         join(threads);
-        let completed = Completed { figures: self.drain.figures(), drain_us, exited };
+        let rdma_bytes = self.rdma.as_ref().map_or(0, Watch::bytes);
+        let figures = self.drain.figures();
+        let completed = Completed { figures, drain_us, exited, rdma_bytes };
         failpoints::reached("destination-finished");
         // Noted before anything that could take the drain up is let go.
         self.dir.write(rundir::COMPLETED, &completed.encode_to_vec())?;
@@ -108,14 +113,15 @@ impl Course<'_> {
         goodbye(link, completed)
     }
 
-    fn fetch(&self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
-        receive_present_map(link.receiver, &self.drain, manifest)?;
+    fn fetch(&mut self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
+        receive_present_map(link.receiver, &self.drain, manifest, self.rdma.as_ref())?;
         let mut reported = Instant::now();
         while !self.drain.complete() {
             if let Some(e) = self.drain.take_failure() {
                 return Err(e);
             }
             self.drain.wait_news(TICK);
+            self.look_after_rdma(link)?;
             if reported.elapsed() >= PROGRESS_INTERVAL {
                 reported = Instant::now();
                 let figures: Figures = self.drain.figures();
@@ -128,6 +134,23 @@ impl Course<'_> {
             }
         }
         Ok(())
+    }
+
+    fn look_after_rdma(&mut self, link: &mut Link<'_>) -> Result<()> {
+        let Some(watch) = &mut self.rdma else { return Ok(()) };
+        let readable = |receiver: &Receiver| {
+            receiver.has_buffered() || poll::readable(receiver, Duration::ZERO).unwrap_or(true)
+        };
+        while readable(link.receiver) {
+            match hear_source(link.receiver, Some(STEP_TIMEOUT))? {
+                SourceMessage::Regions(regions) => watch.add(&regions)?,
+                _ => return unexpected("regions"),
+            }
+        }
+        match watch.news() {
+            Some(reason) => say_to_source(link.sender, DestinationMessage::RdmaLost(reason)),
+            None => Ok(()),
+        }
     }
 
     /// The process runs: from here on a full disk must not end what brings its pages.

@@ -94,11 +94,17 @@ pub enum Delivered {
 
 impl Drain {
     /// The drain of a restored process. Pages that came with the manifest are there already.
-    pub fn new(m: &Manifest, mapped: Mapped, pid: i32, keeper: Arc<Keeper>) -> Result<Self> {
+    pub fn new(
+        m: &Manifest,
+        mapped: Mapped,
+        pid: i32,
+        keeper: Arc<Keeper>,
+        pace: Arc<Pace>,
+    ) -> Result<Self> {
         let (regions, aliases) = regions(m);
         let layout = Layout::new(regions)?;
         let holdings = Holdings::create(keeper, mapped.ring, PageTable::len_bytes(&layout))?;
-        let drain = Self::build(layout, aliases, mapped.uffd, pid, holdings)?;
+        let drain = Self::build(layout, aliases, (mapped.uffd, pid), holdings, pace)?;
         drain.shared(|state| {
             for page in &m.pages {
                 state.pages.end_copy(SpaceId::PROCESS, page.address, page.bytes.len() as u64);
@@ -108,10 +114,16 @@ impl Drain {
     }
 
     /// Takes up the drain of a session that has ended.
-    pub fn take_up(m: &Manifest, uffd: Uffd, pid: i32, holdings: Holdings) -> Result<Self> {
+    pub fn take_up(
+        m: &Manifest,
+        uffd: Uffd,
+        pid: i32,
+        holdings: Holdings,
+        pace: Arc<Pace>,
+    ) -> Result<Self> {
         let (regions, aliases) = regions(m);
         let layout = Layout::new(regions)?;
-        let drain = Self::build(layout, aliases, uffd, pid, holdings)?;
+        let drain = Self::build(layout, aliases, (uffd, pid), holdings, pace)?;
         drain.exclusive(|state| -> Result<()> {
             let (children, unfinished) = state.held.replay(&mut state.pages)?;
             state.uffds.extend(children);
@@ -132,9 +144,9 @@ impl Drain {
     fn build(
         layout: Layout,
         aliases: Vec<(u64, u64, u64)>,
-        uffd: Uffd,
-        pid: i32,
+        (uffd, pid): (Uffd, i32),
         held: Holdings,
+        pace: Arc<Pace>,
     ) -> Result<Self> {
         let has_shared = layout.regions().any(|r| r.shared);
         let [private, shared] = held.tables(PageTable::len_bytes(&layout))?;
@@ -154,7 +166,7 @@ impl Drain {
             }),
             pid,
             has_shared,
-            pace: Arc::default(),
+            pace,
             news: Condvar::new(),
             news_lock: Mutex::new(()),
             ended: AtomicBool::new(false),

@@ -156,7 +156,9 @@ impl Service {
     fn run(&mut self) -> Result<()> {
         let mut ready = [EpollEvent::empty(); 16];
         while !self.drain.has_ended() {
-            let timeout = if self.stuck.is_empty() && self.unanswered.is_empty() {
+            let timeout = if self.lane.busy_poll() {
+                EpollTimeout::ZERO
+            } else if self.stuck.is_empty() && self.unanswered.is_empty() {
                 EpollTimeout::from(IDLE_MS)
             } else {
                 EpollTimeout::from(1u16)
@@ -171,6 +173,10 @@ impl Service {
                     LANE => self.arrivals()?,
                     id => self.events(SpaceId(id as u32))?,
                 }
+            }
+            // Its descriptor is only readable for those that sleep on it.
+            if self.lane.busy_poll() {
+                self.arrivals()?;
             }
             self.retry()?;
         }

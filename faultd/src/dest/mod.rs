@@ -8,6 +8,7 @@ pub mod finish;
 pub mod held;
 pub mod journal;
 pub mod present;
+pub mod rdma;
 pub mod recover;
 pub mod session;
 pub mod shared_memory;

@@ -2,6 +2,7 @@
 
 use crate::control::{hear_source, unexpected};
 use crate::dest::drain::Drain;
+use crate::dest::rdma::Watch;
 use crate::error::{Error, Result};
 use crate::protocol::{PresentRun, SourceMessage};
 use slipstream_core::manifest::Manifest;
@@ -22,6 +23,7 @@ pub fn receive_present_map(
     receiver: &mut Receiver,
     drain: &Drain,
     manifest: &Manifest,
+    rdma: Option<&Watch>,
 ) -> Result<()> {
     let mut gaps = Gaps::new(&named_ranges(manifest));
     loop {
@@ -38,6 +40,10 @@ pub fn receive_present_map(
                 }
             }
             SourceMessage::PresentMapEnd(_) => break,
+            SourceMessage::Regions(regions) => match rdma {
+                Some(watch) => watch.add(&regions)?,
+                None => return unexpected("the present map"),
+            },
             _ => return unexpected("the present map"),
         }
     }

@@ -2,6 +2,7 @@
 //! is an agent that lets it in.
 
 use crate::agent::{self, AgentConfig};
+use crate::carrier::Carrier;
 use crate::error::{Error, Result};
 use crate::events::{self, Event, Progress, Role};
 use crate::protocol::Completed;
@@ -17,7 +18,8 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
     let started = Instant::now();
     let mut agent = None;
     if let Some((listen, key)) = rundir::dead_agent(run_dir)? {
-        let config = AgentConfig { listen, key, run_dir: run_dir.to_owned(), exe };
+        let (run_dir, carrier) = (run_dir.to_owned(), Carrier::default());
+        let config = AgentConfig { listen, key, run_dir, carrier, exe };
         agent = Some(std::thread::spawn(move || agent::run(&config, &mut |_| {})));
     }
     sink(Event::Progress(Progress {
@@ -52,7 +54,9 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
                 ),
                 total_us: started.elapsed().as_micros() as u64,
                 drain_us: done.drain_us,
-                transport: "tcp".into(),
+                transport: if done.rdma_bytes > 0 { "rdma" } else { "tcp" }.into(),
+                why_tcp: String::new(),
+                rdma_bytes: done.rdma_bytes,
                 exited,
             }));
             return Ok(());

@@ -7,6 +7,7 @@ use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link};
 use crate::dest::drain::Drain;
 use crate::dest::held::Account;
+use crate::dest::rdma::{Choice, PageLanes};
 use crate::dest::staged;
 use crate::dest::take_over::{self, wish};
 use crate::error::{Error, Result};
@@ -28,7 +29,8 @@ use slipstream_core::restore::scratch::{Gate, gate};
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_core::sys::poll;
 use slipstream_core::sys::spawn::{recv_descriptors, take_handed};
-use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts};
+use slipstream_transport::{Channel, Key, Pace, Purpose, Receiver, Route, Sender, Timeouts};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -59,13 +61,24 @@ pub fn run(args: &SessionArgs) -> Result<()> {
         return Err(Error::Protocol("a connection for something else".into()));
     }
     let peer = channel.peer().to_string();
+    let ends = (channel.local_ip(), channel.peer_ip());
     let (mut sender, mut receiver) = channel.split();
     if let Some(id) = &args.id {
         let from = Lanes { socket: &lanes, key: &key, route: args.route };
         return take_over::run(args, id, &mut sender, &mut receiver, &from, &peer);
     }
-    let mut session =
-        Session { args, key, lanes, sender, receiver, peer, vdso: None, said_ready: false };
+    let mut session = Session {
+        args,
+        key,
+        lanes,
+        sender,
+        receiver,
+        peer,
+        ends,
+        rdma: Choice::default(),
+        vdso: None,
+        said_ready: false,
+    };
     let result = session.run();
     if let Err(e) = &result {
         let reason = Reason { reason: e.to_string(), remedy: e.remedy().to_owned() };
@@ -81,6 +94,9 @@ struct Session<'a> {
     sender: Sender,
     receiver: Receiver,
     peer: String,
+    /// This host's address and the source's.
+    ends: (IpAddr, IpAddr),
+    rdma: Choice,
     /// The process's vdso, if this kernel's is another.
     vdso: Option<Vec<u8>>,
     /// From here on the source may commit without our knowing.
@@ -92,8 +108,8 @@ struct Prepared {
     dir: MigrationDir,
     gate: Gate,
     restorer: Restorer,
-    urgent: Channel,
-    bulk: Vec<Channel>,
+    lanes: PageLanes,
+    pace: Arc<Pace>,
 }
 
 /// The restored process at its gate.
@@ -151,12 +167,24 @@ impl Session<'_> {
             .collect();
         self.vdso = foreign_vdso(&hello)?;
         blockers.extend(self.vdso.as_ref().and_then(|foreign| vdso_blocker(foreign)));
+        let bulk_lanes = hello.bulk_lanes.clamp(1, BULK_LANES_MAX);
+        let (candidates, lanes) = (&hello.rdma_candidates, bulk_lanes as usize + 1);
+        match Choice::new(&self.args.carrier, candidates, self.ends, lanes) {
+            Ok(choice) => self.rdma = choice,
+            Err(e) => blockers.push(Blocker {
+                object: "destination".into(),
+                reason: e.to_string(),
+                remedy: e.remedy().to_owned(),
+            }),
+        }
         let refused = !blockers.is_empty();
         let verdict = Verdict {
             blockers,
             route: self.args.route.bytes().to_vec(),
             boot_id: failpoints::told_boot_id(clocks::boot_id()?),
-            bulk_lanes: hello.bulk_lanes.clamp(1, BULK_LANES_MAX),
+            bulk_lanes,
+            rdma_pick: self.rdma.pick.clone(),
+            why_tcp: self.rdma.why_tcp.clone(),
             wants_digests: false,
             foreign_vdso: self.vdso.is_some(),
         };
@@ -172,10 +200,13 @@ impl Session<'_> {
     }
 
     fn prepare(&mut self, hello: &Hello) -> Result<Prepared> {
+        self.rdma.connect(&mut self.sender, &mut self.receiver, STEP_TIMEOUT)?;
         let bulk_lanes = hello.bulk_lanes.clamp(1, BULK_LANES_MAX);
         let lanes = Lanes { socket: &self.lanes, key: &self.key, route: self.args.route };
         let (urgent, bulk) = lanes.accept(bulk_lanes, &mut self.receiver)?;
         failpoints::pass("destination-lanes")?;
+        let pace = Arc::new(Pace::default());
+        let lanes = std::mem::take(&mut self.rdma).lanes(urgent, bulk, &pace);
         let offsets = self.clock_offsets(hello)?;
         let dir = MigrationDir::create(&self.args.run_dir, Role::Destination, &hello.id)?;
         let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone()).and_then(
@@ -199,7 +230,7 @@ impl Session<'_> {
                 return Err(e);
             }
         };
-        let prepared = Prepared { dir, gate, restorer, urgent, bulk };
+        let prepared = Prepared { dir, gate, restorer, lanes, pace };
         let told = failpoints::pass("destination-prepared")
             .and_then(|()| say_to_source(&mut self.sender, DestinationMessage::Prepared(Empty {})));
         if let Err(e) = told {
@@ -273,7 +304,8 @@ impl Session<'_> {
         let newborn = prepared.restorer.newborn();
         let account = Account::new(&manifest, &ours);
         let keeper = Arc::clone(&newborn.keeper);
-        let drain = Arc::new(Drain::new(&manifest, mapped, newborn.process.pid(), keeper)?);
+        let (pid, pace) = (newborn.process.pid(), Arc::clone(&prepared.pace));
+        let drain = Arc::new(Drain::new(&manifest, mapped, pid, keeper, pace)?);
         failpoints::pass("destination-restored")?;
         let restore_us = began.elapsed().as_micros() as u64;
         self.said_ready = true;
@@ -295,10 +327,10 @@ impl Session<'_> {
 
     /// Opens the gate, and serves pages until nothing is missing.
     fn drain(&mut self, hello: &Hello, prepared: Prepared, at: AtTheGate) -> Result<()> {
-        let Prepared { dir, gate: gate_file, restorer, urgent, bulk } = prepared;
+        let Prepared { dir, gate: gate_file, restorer, lanes, .. } = prepared;
         let AtTheGate { account, drain, timed } = at;
         let process = &restorer.newborn().process;
-        let course = Course {
+        let mut course = Course {
             id: &hello.id,
             peer: &self.peer,
             dir: &dir,
@@ -306,8 +338,10 @@ impl Session<'_> {
             account,
             process,
             since: Instant::now(),
+            rdma: lanes.watch,
         };
-        let fault_thread = course.start_faults(urgent)?;
+        let mut lanes = lanes.lanes.into_iter();
+        let fault_thread = course.start_faults(lanes.next())?;
         failpoints::reached("destination-commit");
         if gate_file.decide(wish(Call::Commit)) != gate::RUN {
             return Err(Error::Refused {
@@ -324,7 +358,7 @@ impl Session<'_> {
         }
         let mut link =
             Link { sender: &mut self.sender, receiver: &mut self.receiver, newcomers: &self.lanes };
-        course.run(&mut link, fault_thread, bulk, &timed)
+        course.run(&mut link, fault_thread, lanes, &timed)
     }
 }
 

@@ -9,6 +9,7 @@ use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link, goodbye};
 use crate::dest::drain::Drain;
 use crate::dest::held::Holdings;
+use crate::dest::rdma::{Choice, PageLanes};
 use crate::dest::session::Lanes;
 use crate::error::{Error, Result};
 use crate::events::Role;
@@ -18,7 +19,7 @@ use prost::Message;
 use slipstream_core::restore::keeper::Keeper;
 use slipstream_core::restore::scratch::{Gate, gate};
 use slipstream_core::sys::pidfd::PidFd;
-use slipstream_transport::{Receiver, Sender};
+use slipstream_transport::{Pace, Receiver, Sender};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -87,14 +88,18 @@ pub fn run(
     let Some((holdings, found)) = held? else { return tell_over(&mut link, ended) };
     let process = PidFd::adopt(found.process)?;
     let manifest = found.account.manifest();
-    let drain = Arc::new(Drain::take_up(&manifest, found.uffd, process.pid(), holdings)?);
+    let pace = Arc::new(Pace::default());
+    let (uffd, at_work) = (found.uffd, Arc::clone(&pace));
+    let drain = Arc::new(Drain::take_up(&manifest, uffd, process.pid(), holdings, at_work)?);
     let outcome = Outcome { run: true, host_pid: process.pid(), completed: None };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
     let (urgent, bulk) = lanes.accept(rejoin.bulk_lanes.clamp(1, BULK_LANES_MAX), link.receiver)?;
+    let PageLanes { lanes, watch: rdma } = Choice::default().lanes(urgent, bulk, &pace);
     let (account, since) = (found.account, Instant::now());
-    let course = Course { id, peer, dir: &dir, drain, account, process: &process, since };
-    let fault_thread = course.start_faults(urgent)?;
-    course.run(&mut link, fault_thread, bulk, &[])
+    let mut course = Course { id, peer, dir: &dir, drain, account, process: &process, since, rdma };
+    let mut lanes = lanes.into_iter();
+    let fault_thread = course.start_faults(lanes.next())?;
+    course.run(&mut link, fault_thread, lanes, &[])
 }
 
 fn tell_over(link: &mut Link<'_>, completed: Completed) -> Result<()> {

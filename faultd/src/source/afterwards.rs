@@ -10,18 +10,20 @@ use crate::error::{Error, Result};
 use crate::events::{self, Event, Outcome as End, Role, Status};
 use crate::failpoints;
 use crate::protocol::{
-    Completed, DestinationMessage, Empty, Figures, Outcome, PresentMap, PresentMapEnd, Rejoin,
-    SourceMessage,
+    Completed, DestinationMessage, Empty, Figures, Outcome, PresentMap, PresentMapEnd, Reason,
+    Rejoin, SourceMessage,
 };
 use crate::rundir::MigrationDir;
 use crate::source::commit;
 use crate::source::figures::{figures, progress};
 use crate::source::page_server::{PageServers, send_present_map};
+use crate::source::rdma::{Registering, Registration, SharedSender};
 use crate::source::record::Record;
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::sys::pidfd::PidFd;
-use slipstream_transport::{Channel, Key, Purpose, Receiver, Sender, Timeouts, resolve};
+use slipstream_transport::rdma::Source;
+use slipstream_transport::{Channel, Key, Purpose, Receiver, Timeouts, resolve};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -38,11 +40,13 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Live {
     /// Control connection, to it.
-    pub sender: Sender,
+    pub sender: SharedSender,
     /// Control connection, from it.
     pub receiver: Receiver,
     /// Of pages.
     pub servers: PageServers,
+    /// The adapter that the destination reads by.
+    pub rdma: Option<Arc<Source>>,
 }
 
 /// A migration past its commit.
@@ -61,6 +65,8 @@ pub struct Afterwards<'a> {
     pub key: Key,
     /// Whether the destination is known to have resumed.
     pub journal: Journal,
+    /// Why pages travel over TCP, as far as they do.
+    pub why_tcp: String,
     /// When the migration, or this session's part of it, began.
     pub started: Instant,
     /// Where events go.
@@ -69,8 +75,8 @@ pub struct Afterwards<'a> {
 
 enum Joined {
     Live(Box<Live>),
-    Never(Sender),
-    Over(Sender, Completed),
+    Never(SharedSender),
+    Over(SharedSender, Completed),
 }
 
 /// Takes over a migration whose session is gone.
@@ -95,6 +101,7 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
         scratch: SourceScratch::find(pid, range)?,
         key: Key::load(&record.key_path())?,
         journal,
+        why_tcp: "the migration was taken up again".into(),
         started: Instant::now(),
         sink,
         dir,
@@ -114,12 +121,12 @@ impl Afterwards<'_> {
                 None => self.rejoin(),
             };
             let error = match joined {
-                Ok(Joined::Never(sender)) => return self.bring_back(sender),
-                Ok(Joined::Over(sender, done)) => return self.finish(sender, &done),
+                Ok(Joined::Never(sender)) => return self.bring_back(&sender),
+                Ok(Joined::Over(sender, done)) => return self.finish(&sender, &done),
                 Ok(Joined::Live(live)) => {
                     (pause, paused_since) = (PAUSE_MIN, None);
                     match self.drain(*live) {
-                        Ok((sender, done)) => return self.finish(sender, &done),
+                        Ok((sender, done)) => return self.finish(&sender, &done),
                         Err(e) => e,
                     }
                 }
@@ -148,18 +155,20 @@ impl Afterwards<'_> {
         };
         match commit_protocol::source(self.journal, Heard::Outcome { run: outcome.run }) {
             Next::Serve => self.note_resumed(outcome.host_pid),
-            Next::BringBack => return Ok(Joined::Never(sender)),
+            Next::BringBack => return Ok(Joined::Never(SharedSender::new(sender))),
             Next::Ask => return Err(Error::Protocol("RUN was taken back".into())),
         }
         if let Some(completed) = outcome.completed {
-            return Ok(Joined::Over(sender, completed));
+            return Ok(Joined::Over(SharedSender::new(sender), completed));
         }
         let bulk = u16::try_from(bulk_lanes).unwrap_or(1).max(1);
         let purposes = std::iter::once(Purpose::Urgent).chain((0..bulk).map(Purpose::Bulk));
         let lanes =
             purposes.map(|purpose| self.connect(&addresses, purpose)).collect::<Result<_>>()?;
         let servers = PageServers::start(lanes, &self.memory);
-        Ok(Joined::Live(Box::new(Live { sender, receiver, servers })))
+        self.why_tcp = "the connection was made again".into();
+        let sender = SharedSender::new(sender);
+        Ok(Joined::Live(Box::new(Live { sender, receiver, servers, rdma: None })))
     }
 
     fn connect(&self, addresses: &[SocketAddr], purpose: Purpose) -> Result<Channel> {
@@ -187,19 +196,37 @@ impl Afterwards<'_> {
     }
 
     /// Serves pages until the destination has them all.
-    fn drain(&mut self, live: Live) -> Result<(Sender, Completed)> {
-        let Live { mut sender, mut receiver, servers } = live;
+    fn drain(&mut self, live: Live) -> Result<(SharedSender, Completed)> {
+        let Live { sender, mut receiver, servers, rdma } = live;
         self.write_status("drain", None, String::new());
-        let done = self.serve(&mut sender, &mut receiver);
+        let registering = rdma.as_ref().map(|source| {
+            Registering::start(Registration {
+                source: Arc::clone(source),
+                memory: Arc::clone(&self.memory),
+                pid: self.pid,
+                scratch: self.scratch.range(),
+                hot: Arc::clone(servers.hot()),
+                sender: sender.clone(),
+            })
+        });
+        let done = self.serve(&sender, &mut receiver, registering);
         drop(servers);
         done.map(|done| (sender, done))
     }
 
-    fn serve(&mut self, sender: &mut Sender, receiver: &mut Receiver) -> Result<Completed> {
+    /// Ends when the destination has every page. What registers memory has ended then, too.
+    fn serve(
+        &mut self,
+        sender: &SharedSender,
+        receiver: &mut Receiver,
+        mut registering: Option<Registering>,
+    ) -> Result<Completed> {
         let bytes = send_present_map(&self.memory, &mut |runs| {
-            say_to_destination(sender, SourceMessage::PresentMap(PresentMap::pack(runs)))
+            let map = SourceMessage::PresentMap(PresentMap::pack(runs));
+            say_to_destination(&mut sender.lock(), map)
         })?;
-        say_to_destination(sender, SourceMessage::PresentMapEnd(PresentMapEnd { bytes }))?;
+        let end = SourceMessage::PresentMapEnd(PresentMapEnd { bytes });
+        say_to_destination(&mut sender.lock(), end)?;
         failpoints::reached("source-map-sent");
         let mut last = (Instant::now(), Figures::default());
         loop {
@@ -210,33 +237,50 @@ impl Afterwards<'_> {
                     (self.sink)(Event::Progress(progress));
                     last = (Instant::now(), now);
                 }
-                DestinationMessage::Completed(done) => return Ok(done),
+                DestinationMessage::RdmaLost(lost) => {
+                    registering = None;
+                    self.note_rdma_lost(&lost);
+                }
+                DestinationMessage::Completed(done) => {
+                    drop(registering);
+                    return Ok(done);
+                }
                 _ => return unexpected("progress"),
             }
         }
     }
 
-    fn finish(self, mut sender: Sender, done: &Completed) -> Result<()> {
+    fn note_rdma_lost(&mut self, lost: &Reason) {
+        let clean: String = lost.reason.chars().filter(|c| !c.is_control()).take(300).collect();
+        let text = format!("RDMA has failed, the rest of the pages go over TCP: {clean}");
+        self.why_tcp = format!("RDMA has failed: {clean}");
+        (self.sink)(Event::Note(events::Note { text }));
+    }
+
+    fn finish(self, sender: &SharedSender, done: &Completed) -> Result<()> {
         failpoints::reached("source-completed");
         commit::drop_copy(self.pid, &self.scratch)?;
         failpoints::reached("source-dropped");
         // The destination may be gone already: it has nothing left to do.
-        let _ = say_to_destination(&mut sender, SourceMessage::Bye(Empty {}));
+        let _ = say_to_destination(&mut sender.lock(), SourceMessage::Bye(Empty {}));
         self.dir.remove();
+        let read = done.rdma_bytes > 0;
         (self.sink)(Event::Completed(events::Completed {
             figures: figures(&done.figures, &Figures::default(), done.drain_us),
             total_us: self.started.elapsed().as_micros() as u64,
             drain_us: done.drain_us,
-            transport: "tcp".into(),
+            transport: if read { "rdma" } else { "tcp" }.into(),
+            why_tcp: self.why_tcp,
+            rdma_bytes: done.rdma_bytes,
             exited: done.exited,
         }));
         Ok(())
     }
 
     /// The destination has recorded that its copy never runs: this one goes on.
-    fn bring_back(self, mut sender: Sender) -> Result<()> {
+    fn bring_back(self, sender: &SharedSender) -> Result<()> {
         commit::bring_back(self.pid, self.scratch, &self.dir)?;
-        let _ = say_to_destination(&mut sender, SourceMessage::Bye(Empty {}));
+        let _ = say_to_destination(&mut sender.lock(), SourceMessage::Bye(Empty {}));
         self.dir.remove();
         (self.sink)(Event::Failed(events::Failed {
             phase: "commit".into(),

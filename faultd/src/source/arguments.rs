@@ -1,5 +1,6 @@
 //! What the command hands to the source session it starts, as arguments.
 
+use crate::carrier::Carrier;
 use crate::source::session::SourceConfig;
 use slipstream_core::capture::files::StdioPolicy;
 use std::ffi::{OsStr, OsString};
@@ -13,19 +14,21 @@ pub fn to_args(config: &SourceConfig) -> Vec<OsString> {
         StdioPolicy::Null => OsString::from("null"),
         StdioPolicy::File(path) => OsString::from_vec(path.clone()),
     };
-    vec![
+    let mut args = vec![
         config.pid.to_string().into(),
         config.destination.clone().into(),
         config.key.clone().into(),
         config.run_dir.clone().into(),
         stdio,
         config.timeout.as_micros().to_string().into(),
-    ]
+    ];
+    args.extend(config.carrier.to_args());
+    args
 }
 
 /// The configuration from arguments; `None` when they are malformed.
 pub fn from_args(args: &[OsString]) -> Option<SourceConfig> {
-    let [pid, destination, key, run_dir, stdio, timeout] = args else { return None };
+    let [pid, destination, key, run_dir, stdio, timeout, carrier @ ..] = args else { return None };
     let number = |text: &OsStr| text.to_str()?.parse::<u64>().ok();
     Some(SourceConfig {
         pid: i32::try_from(number(pid)?).ok()?,
@@ -37,6 +40,7 @@ pub fn from_args(args: &[OsString]) -> Option<SourceConfig> {
             b"null" => StdioPolicy::Null,
             path => StdioPolicy::File(path.to_vec()),
         },
+        carrier: Carrier::from_args(carrier)?,
         timeout: Duration::from_micros(number(timeout)?),
     })
 }
@@ -53,6 +57,7 @@ mod tests {
             key: "/k".into(),
             run_dir: "/r".into(),
             stdio: StdioPolicy::File(b"/log".to_vec()),
+            carrier: Carrier::default(),
             timeout: Duration::from_millis(1500),
         };
         assert_eq!(from_args(&to_args(&config)), Some(config));

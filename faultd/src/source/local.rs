@@ -80,7 +80,7 @@ pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
 }
 
 /// The opening message.
-fn hello(id: &str, pid: i32, local: &Local) -> Result<Hello> {
+fn hello(id: &str, pid: i32, local: &Local, rdma_candidates: &[u8]) -> Result<Hello> {
     let lines = maps::read(pid)?;
     let offsets = clocks::namespace_offsets(&pid.to_string())?;
     let vdso = match lines.iter().find(|l| l.path == b"[vdso]") {
@@ -104,6 +104,7 @@ fn hello(id: &str, pid: i32, local: &Local) -> Result<Hello> {
         vdso,
         bulk_lanes: BULK_LANES,
         has_digests: false,
+        rdma_candidates: rdma_candidates.to_vec(),
     })
 }
 
@@ -115,9 +116,10 @@ pub fn agree(
     id: &str,
     pid: i32,
     local: &mut Local,
+    rdma_candidates: &[u8],
     timeout: Duration,
 ) -> Result<Verdict> {
-    let mut hello = hello(id, pid, local)?;
+    let mut hello = hello(id, pid, local, rdma_candidates)?;
     loop {
         say_to_destination(sender, SourceMessage::Hello(hello.clone()))?;
         let verdict = match hear_destination(receiver, Some(timeout))? {

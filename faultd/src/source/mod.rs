@@ -10,5 +10,6 @@ pub mod interrupt;
 pub mod local;
 pub mod page_server;
 pub mod presend;
+pub mod rdma;
 pub mod record;
 pub mod session;

@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 /// Urgent requests between two looks at the CPU that they arrive on.
@@ -23,6 +24,7 @@ struct Source {
     placement: RefCell<Placement>,
     /// Of an urgent lane: its connection, and requests since the last look.
     urgent: Option<(Closer, Cell<u32>)>,
+    hot: Arc<AtomicU64>,
 }
 
 impl Source {
@@ -55,6 +57,9 @@ fn io_error(e: slipstream_core::Error) -> io::Error {
 impl PageSource for Source {
     fn extent(&self, address: u64, len_bytes: u32) -> io::Result<Extent> {
         self.place();
+        if self.urgent.is_some() {
+            self.hot.store(address, Ordering::Relaxed);
+        }
         match self.memory.extent(address, u64::from(len_bytes)).map_err(io_error)? {
             Some(e) => Ok(Extent { len_bytes: e.len_bytes as u32, present: e.present }),
             None => Err(io::Error::from_raw_os_error(libc::EFAULT)),
@@ -71,6 +76,7 @@ impl PageSource for Source {
 pub struct PageServers {
     threads: Vec<JoinHandle<()>>,
     closers: Vec<Closer>,
+    hot: Arc<AtomicU64>,
 }
 
 impl PageServers {
@@ -78,14 +84,21 @@ impl PageServers {
     pub fn start(lanes: Vec<Channel>, memory: &Arc<FrozenMemory>) -> Self {
         let closers = lanes.iter().map(Channel::closer).collect();
         let pace = Arc::new(Pace::default());
+        let hot = Arc::new(AtomicU64::new(0));
         let threads = lanes
             .into_iter()
             .map(|channel| {
                 let (memory, pace) = (Arc::clone(memory), Arc::clone(&pace));
-                std::thread::spawn(move || serve(channel, memory, pace))
+                let hot = Arc::clone(&hot);
+                std::thread::spawn(move || serve(channel, memory, pace, hot))
             })
             .collect();
-        Self { threads, closers }
+        Self { threads, closers, hot }
+    }
+
+    /// The address that a thread at the destination waited for last; 0 before the first.
+    pub fn hot(&self) -> &Arc<AtomicU64> {
+        &self.hot
     }
 }
 
@@ -101,12 +114,12 @@ impl Drop for PageServers {
     }
 }
 
-fn serve(channel: Channel, memory: Arc<FrozenMemory>, pace: Arc<Pace>) {
+fn serve(channel: Channel, memory: Arc<FrozenMemory>, pace: Arc<Pace>, hot: Arc<AtomicU64>) {
     let purpose = channel.purpose();
     let connection = channel.closer();
     let mut server = PageServer::new(channel);
     let placement = RefCell::new(Placement::of_this_thread());
-    let mut source = Source { memory, pace: Arc::clone(&pace), placement, urgent: None };
+    let mut source = Source { memory, pace: Arc::clone(&pace), placement, urgent: None, hot };
     if purpose == Purpose::Urgent {
         task::prefer_this_thread();
         source.urgent = Some((connection, Cell::new(0)));

@@ -3,6 +3,7 @@
 //! It runs in a process and session of its own, so that a closed terminal ends only the display. All
 //! ptrace requests come from the thread that calls [`run`].
 
+use crate::carrier::{Carrier, Wish};
 use crate::clocks;
 use crate::commit_protocol::{self, Heard, Journal, Next};
 use crate::control::{hear_destination, say_to_destination, unexpected};
@@ -17,6 +18,7 @@ use crate::source::interrupt::Interrupts;
 use crate::source::local::{self, Local};
 use crate::source::page_server::PageServers;
 use crate::source::presend::{Captured, Presender};
+use crate::source::rdma::{Agreed, Offer, SharedSender};
 use crate::source::record::Record;
 use prost::Message;
 use slipstream_core::capture::files::StdioPolicy;
@@ -47,6 +49,8 @@ pub struct SourceConfig {
     pub run_dir: PathBuf,
     /// Standard streams.
     pub stdio: StdioPolicy,
+    /// What shall carry the pages.
+    pub carrier: Carrier,
     /// Bound on connecting, each handshake, the freeze, and the destination's preparations.
     pub timeout: Duration,
 }
@@ -88,6 +92,7 @@ struct Connections {
     receiver: Receiver,
     /// Until the page servers have them.
     lanes: Vec<Channel>,
+    rdma: Agreed,
 }
 
 /// The frozen process, its manifest sent, the destination ready.
@@ -169,12 +174,18 @@ impl<'a> Session<'a> {
         if resumed {
             self.enter("drain");
         }
-        let Connections { sender, receiver, key, .. } = link;
-        let live = resumed.then_some(Live { sender, receiver, servers: past.servers });
+        let Connections { sender, receiver, key, rdma: Agreed { source, why_tcp }, .. } = link;
+        let live = resumed.then(|| Live {
+            sender: SharedSender::new(sender),
+            receiver,
+            servers: past.servers,
+            rdma: source.map(Arc::new),
+        });
         let after = Afterwards {
             pid: self.config.pid,
             memory: past.memory,
             journal: past.journal,
+            why_tcp,
             started: self.started,
             sink: &mut *self.sink,
             scratch,
@@ -256,21 +267,42 @@ impl<'a> Session<'a> {
         let channel =
             Channel::connect(&addresses, &key, Route::NEW, Purpose::Control, self.timeouts())?;
         self.interrupts.close_on_interrupt(channel.closer());
+        let offer = Offer::new(&self.config.carrier, channel.local_ip());
         let (mut sender, mut receiver) = channel.split();
         let pid = self.config.pid;
         let timeout = self.config.timeout;
-        let verdict = local::agree(&mut sender, &mut receiver, id, pid, local, timeout)?;
-        if !verdict.blockers.is_empty() {
-            let blockers = verdict
-                .blockers
-                .iter()
-                .map(|b| event_blocker(&Blocker::new(&b.object, &b.reason, &b.remedy)))
-                .collect();
+        let candidates = &offer.candidates;
+        let verdict =
+            local::agree(&mut sender, &mut receiver, id, pid, local, candidates, timeout)?;
+        let mut blockers: Vec<_> = verdict
+            .blockers
+            .iter()
+            .map(|b| event_blocker(&Blocker::new(&b.object, &b.reason, &b.remedy)))
+            .collect();
+        blockers.extend(offer.hindrance(&verdict).and_then(|why| self.no_tcp(why)));
+        if !blockers.is_empty() {
             return Err(self.refuse(blockers));
+        }
+        let rdma = offer.connect(&verdict, &mut sender, &mut receiver, timeout)?;
+        if rdma.source.is_none()
+            && let Some(blocker) = self.no_tcp(rdma.why_tcp.clone())
+        {
+            return Err(self.refuse(vec![blocker]));
         }
         (self.sink)(Event::Preflight(events::Preflight { blockers: Vec::new() }));
         failpoints::pass("source-connected")?;
-        Ok((Connections { addresses, key, sender, receiver, lanes: Vec::new() }, verdict))
+        Ok((Connections { addresses, key, sender, receiver, lanes: Vec::new(), rdma }, verdict))
+    }
+
+    /// The blocker that it is to those who want RDMA or nothing.
+    fn no_tcp(&self, reason: String) -> Option<events::Blocker> {
+        let remedy = "`slipstream check` lists adapters; or use --transport auto".into();
+        let object = "--transport rdma".into();
+        (self.config.carrier.wish == Wish::Rdma).then_some(events::Blocker {
+            object,
+            reason,
+            remedy,
+        })
     }
 
     fn timeouts(&self) -> Timeouts {
