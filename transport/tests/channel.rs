@@ -6,7 +6,6 @@ use common::{accept_one, channels, hasty, listen, patient, sockets};
 use slipstream_transport::{Channel, Error, Key, Purpose, Route, VERSION, read_preamble};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
