@@ -38,16 +38,21 @@ pub fn adopt_orphans() -> Result<()> {
 
 /// Two copies of the largest program have to fit.
 pub fn check_memory(bytes: u64) -> Result<()> {
+    let (needed, available) = (bytes * 2 + (512 << 20), memory_available()?);
+    if available < needed {
+        bail!("{} MiB of memory are needed, {} are available", needed >> 20, available >> 20);
+    }
+    Ok(())
+}
+
+/// Bytes of memory that programs can have without swapping.
+pub fn memory_available() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
     let field = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib: u64 = field
         .and_then(|f| f.trim().trim_end_matches(" kB").parse().ok())
         .context("MemAvailable in /proc/meminfo")?;
-    let needed = bytes * 2 + (512 << 20);
-    if kib * 1024 < needed {
-        bail!("{} MiB of memory are needed, {} are available", needed >> 20, kib >> 10);
-    }
-    Ok(())
+    Ok(kib * 1024)
 }
 
 /// Writes a file that is never seen half.

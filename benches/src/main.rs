@@ -1,6 +1,6 @@
 //! Measures what Slipstream promises: blackout, drain, first touches, memory, and that nothing is left behind.
 //!
-//! One run moves a program five times (small, middle, large, four threads, idle) and measures the parts the
+//! One run moves a program eight times (small, middle, large, four threads, sequential, idle three times) and measures the parts the
 //! idle drain's limit is made of. All figures of a table come from the same runs.
 
 mod edge;

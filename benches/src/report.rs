@@ -57,7 +57,7 @@ pub struct Row {
     unit: &'static str,
     /// Of all runs; none when no run yielded it.
     median: Option<f64>,
-    /// One a run that yielded it, in order.
+    /// One or more a run that yielded it, in order.
     values: Vec<f64>,
     target: Option<Target>,
     met: Option<bool>,
@@ -141,7 +141,10 @@ fn drains(plan: &Plan, runs: &[Run]) -> Vec<Row> {
     let most = Some(Target::AtMost(1.5));
     let speed = |m: &Measured| m.bytes as f64 / (m.drain_ms / 1e3);
     let limit = |m: &Measured| m.parts.map(|p| p.limit_bytes_per_s());
-    let idle = |figure: &dyn Fn(&Measured) -> Option<f64>| pick(runs, |r| &r.idle, figure);
+    let idle = |figure: &dyn Fn(&Measured) -> Option<f64>| -> Vec<f64> {
+        let measured = runs.iter().flat_map(|r| &r.idle).filter_map(|o| o.as_ref().ok());
+        measured.filter_map(figure).collect()
+    };
     let part = |figure: &dyn Fn(crate::parts::Parts) -> f64| idle(&|m| m.parts.map(figure));
     vec![
         row(&plan.middle.name, most, pick(runs, |r| &r.middle, drain)),

@@ -81,7 +81,8 @@ pub trait PageLane: Send {
     /// Readable when `next(Block::No)` may give something. Call that until it gives None, then poll again.
     fn raw_fd(&self) -> Option<RawFd>;
 
-    /// True while an answer is expected so soon that sleeping would take longer: call `next` again at once.
+    /// True while the descriptor would not tell of the next answer, because it is expected so soon that sleeping would take
+    /// longer: call `next` again at once.
     fn busy_poll(&self) -> bool {
         false
     }

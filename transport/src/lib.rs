@@ -23,6 +23,8 @@ pub mod mock;
 mod outstanding;
 pub mod pace;
 pub mod preamble;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 #[cfg(not(feature = "rdma"))]
 #[path = "without_rdma.rs"]
 pub mod rdma;

@@ -77,6 +77,12 @@ impl TcpPageLane {
         Closer::new(&self.socket)
     }
 
+    /// True when `next` gives a reply without waiting.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn has_reply(&mut self) -> Result<bool> {
+        self.have_record(Block::No)
+    }
+
     fn protocol(&self, what: &'static str) -> Error {
         Error::Protocol { peer: self.socket.peer(), what }
     }
