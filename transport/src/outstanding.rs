@@ -43,6 +43,12 @@ impl Outstanding {
         self.bytes
     }
 
+    /// Requests not fully answered.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn requests(&self) -> usize {
+        self.requests.len()
+    }
+
     /// True if all is answered.
     pub(crate) fn is_empty(&self) -> bool {
         self.requests.is_empty()

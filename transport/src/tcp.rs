@@ -83,6 +83,12 @@ impl TcpPageLane {
         self.have_record(Block::No)
     }
 
+    /// Requests not fully answered.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn outstanding_requests(&self) -> usize {
+        self.outstanding.requests()
+    }
+
     fn protocol(&self, what: &'static str) -> Error {
         Error::Protocol { peer: self.socket.peer(), what }
     }

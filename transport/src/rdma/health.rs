@@ -1,6 +1,6 @@
 //! How reading goes, for all lanes of a migration: the first failure ends it for every one of them.
 
-use super::sys::Context;
+use super::sys::{Context, Here};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,20 +8,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug)]
 pub struct Health {
     context: Arc<Context>,
+    here: Here,
     failed: AtomicBool,
     why: Mutex<Option<String>>,
     bytes: AtomicU64,
 }
 
 impl Health {
-    pub(super) fn new(context: Arc<Context>) -> Self {
+    pub(super) fn new(context: Arc<Context>, here: Here) -> Self {
         let (failed, why, bytes) = Default::default();
-        Self { context, failed, why, bytes }
+        Self { context, here, failed, why, bytes }
     }
 
     /// Why nothing is read any more, if so. Looks at what the adapter has to say, too.
     pub fn failure(&self) -> Option<String> {
-        if let Some(fatal) = self.context.failure() {
+        if let Some(fatal) = self.context.failure(self.here) {
             self.fail(format!("{}: {fatal}", self.context.name()));
         }
         self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()

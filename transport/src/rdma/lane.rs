@@ -3,9 +3,11 @@
 use super::health::Health;
 use super::reads::{Piece, Read, Reads};
 use super::regions::{Part, Regions};
-use super::sys::{Buffer, Completion, Domain, QueuePair, ReadRequest, Use, status_name, watch};
+use super::sys::{
+    Buffer, Completion, Domain, QueuePair, ReadRequest, Use, status_name, unwatch, watch,
+};
 use crate::error::{Error, Result};
-use crate::lane::{Block, Content, PageLane, PageReply, PageRequest};
+use crate::lane::{Block, Content, OUTSTANDING_REQUESTS_MAX, PageLane, PageReply, PageRequest};
 use crate::tcp::TcpPageLane;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
@@ -131,6 +133,7 @@ impl RdmaPageLane {
             return Ok(());
         }
         self.over = true;
+        unwatch(&self.epoll, &self.pair);
         self.pair.stop();
         for request in self.reads.give_up() {
             self.tcp.post(request)?;
@@ -192,6 +195,10 @@ impl RdmaPageLane {
         self.urgent && self.reads.is_posted() && !self.armed && self.posted.elapsed() < expected
     }
 
+    fn is_overdue(&self) -> bool {
+        self.reads.is_posted() && self.posted.elapsed() > READ_TIMEOUT
+    }
+
     fn reply(&self, piece: Piece) -> PageReply<'_> {
         let Piece { address, slot, offset, len_bytes } = piece;
         self.health.count(u64::from(len_bytes));
@@ -202,13 +209,16 @@ impl RdmaPageLane {
 
     /// Waits for either way; false when the time is up.
     fn wait(&mut self, block: Block) -> Result<bool> {
+        if self.is_overdue() {
+            self.health.fail("a READ was not answered".into());
+            self.look()?;
+        }
         if block == Block::No {
             return Ok(false);
         }
+        // What the socket did not take before.
+        self.tcp.flush()?;
         let now = Instant::now();
-        if self.reads.is_posted() && now - self.posted > READ_TIMEOUT {
-            self.health.fail("a READ was not answered".into());
-        }
         let until = match block {
             Block::No => now,
             Block::Until(until) if until <= now => return Ok(false),
@@ -233,14 +243,16 @@ impl PageLane for RdmaPageLane {
         let covered = !self.over
             && self.regions.parts(address, len_bytes, self.slot_len, &mut self.parts)
             && self.parts.len() <= usize::from(self.slots);
+        // Bounded together: should reading fail, all of them have to fit the connection.
+        let requests = self.reads.requests() + self.tcp.outstanding_requests();
+        if requests >= OUTSTANDING_REQUESTS_MAX {
+            return Err(Error::QueueFull { peer: "the adapter".into() });
+        }
         if !covered {
             return self.tcp.post(request);
         }
-        if self.reads.add(request, &self.parts) {
-            Ok(())
-        } else {
-            Err(Error::QueueFull { peer: "the adapter".into() })
-        }
+        self.reads.add(request, &self.parts);
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -295,6 +307,10 @@ impl PageLane for RdmaPageLane {
     fn busy_poll(&self) -> bool {
         // Until the descriptor tells of the next completion.
         let untold = self.reads.is_posted() && !self.armed;
-        !self.over && (self.health.has_failed() || untold)
+        !self.over && (self.health.has_failed() || untold || self.is_overdue())
     }
 }
+
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod tests;

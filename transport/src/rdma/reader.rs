@@ -54,10 +54,10 @@ impl Reader {
         };
         let chosen = &ours[our_index];
         let (context, candidate) = (Arc::clone(&chosen.context), chosen.candidate.clone());
-        let health = Arc::new(Health::new(Arc::clone(&context)));
-        let domain = Domain::new(context)?;
         let here = here(&candidate)?;
-        let pairs = (0..lanes).map(|_| QueuePair::new(&domain, DEPTH, here));
+        let health = Arc::new(Health::new(Arc::clone(&context), here));
+        let domain = Domain::new(context)?;
+        let pairs = (0..lanes).map(|_| QueuePair::new(&domain, DEPTH, here, Use::Target));
         let pairs = pairs.collect::<Result<Vec<_>>>()?;
         let pick = Pick { candidate: their_index as u16, end: end(&candidate, here, &pairs) };
         Ok((Self { pairs, domain, candidate, health }, encode_pick(&pick)))

@@ -74,6 +74,12 @@ impl Source {
         self.connected.as_ref().expect("connected before use")
     }
 
+    /// Where tests register memory of their own.
+    #[cfg(test)]
+    pub(super) fn domain(&self) -> &Arc<Domain> {
+        &self.connected().domain
+    }
+
     /// The open device.
     ///
     /// # Panics
@@ -112,6 +118,7 @@ pub(super) fn here(candidate: &Candidate) -> Result<Here> {
         port: candidate.port,
         ethernet: candidate.link == Link::Ethernet,
         gid_index: candidate.gid_index,
+        gid: candidate.gid,
         psn: (random()? & 0xff_ffff) as u32,
     })
 }
@@ -149,7 +156,7 @@ fn connect(
     depth: u32,
 ) -> Result<Vec<QueuePair>> {
     let pairs = (0..theirs.queue_pairs.len()).map(|index| {
-        let pair = QueuePair::new(domain, depth, here)?;
+        let pair = QueuePair::new(domain, depth, here, Use::Source)?;
         let peer = peer(candidate, theirs, index).ok_or_else(|| malformed("queue pairs"))?;
         pair.connect(&peer)?;
         Ok(pair)

@@ -106,35 +106,45 @@ pub(super) fn open_devices() -> Result<Vec<Arc<Context>>> {
             errno => Err(failed_with("list RDMA adapters", errno)),
         };
     }
-    // SAFETY: the list has `count` entries, all of them devices, until it is freed.
-    let contexts = (0..count as usize).filter_map(|i| unsafe { Context::open(*list.add(i)) });
-    let contexts = contexts.map(Arc::new).collect();
+    let (mut contexts, mut refused) = (Vec::new(), None);
+    for i in 0..count as usize {
+        // SAFETY: the list has `count` entries, all of them devices, until it is freed.
+        match unsafe { Context::open(*list.add(i)) } {
+            Ok(context) => contexts.push(Arc::new(context)),
+            Err(e) => refused = Some(e),
+        }
+    }
     // SAFETY: freed once; devices that were opened stay open.
     unsafe { ffi::ibv_free_device_list(list) };
-    Ok(contexts)
+    match refused {
+        // One that can't be opened is in nobody's way, unless there is no other.
+        Some(e) if contexts.is_empty() => Err(e),
+        _ => Ok(contexts),
+    }
 }
 
 impl Context {
-    /// Opens a device. One that can't be opened is no use, and no error.
+    /// Opens a device.
     ///
     /// # Safety
     /// `device` is of a device list that has not been freed.
-    unsafe fn open(device: *mut ffi::ibv_device) -> Option<Self> {
+    unsafe fn open(device: *mut ffi::ibv_device) -> Result<Self> {
         // SAFETY: the caller's promise; the name lives as long as the list.
         let (raw, name) = unsafe {
             let name = CStr::from_ptr(ffi::ibv_get_device_name(device));
-            (NonNull::new(ffi::ibv_open_device(device))?, name.to_string_lossy().into_owned())
+            (ffi::ibv_open_device(device), name.to_string_lossy().into_owned())
         };
+        let raw = made(&format!("open adapter {name} (see /dev/infiniband)"), raw)?;
         let mut context = Self { raw, name, ports: 0, reads_asked: 0, reads_answered: 0 };
         let mut attr = ffi::ibv_device_attr::default();
         // SAFETY: `attr` outlives the call.
-        let ret = unsafe { ffi::ibv_query_device(raw.as_ptr(), &raw mut attr) };
+        check("query an adapter", unsafe { ffi::ibv_query_device(raw.as_ptr(), &raw mut attr) })?;
+        set_nonblocking(context.async_fd())?;
         let small = |n: i32| u8::try_from(n.clamp(0, 255)).unwrap_or(u8::MAX);
         context.ports = attr.phys_port_cnt;
         context.reads_asked = small(attr.max_qp_init_rd_atom);
         context.reads_answered = small(attr.max_qp_rd_atom);
-        let usable = ret == 0 && set_nonblocking(context.async_fd()).is_ok();
-        usable.then_some(context)
+        Ok(context)
     }
 
     pub(super) fn name(&self) -> &str {
@@ -201,34 +211,51 @@ impl Context {
         unsafe { self.raw.as_ref().async_fd }
     }
 
-    /// What the adapter has said that means the end of reading, if it has said so.
-    pub(super) fn failure(&self) -> Option<&'static str> {
+    /// What the adapter has said that means the end of reading from `here`, if it has said so. What it says of other ports,
+    /// and of other addresses of this one, means nothing.
+    pub(super) fn failure(&self, here: Here) -> Option<&'static str> {
         let mut event = ffi::ibv_async_event::default();
         loop {
             // SAFETY: `event` outlives the call; the descriptor does not block.
             if unsafe { ffi::ibv_get_async_event(self.raw.as_ptr(), &raw mut event) } != 0 {
                 return None;
             }
-            let fatal = Self::end_of_reading(event.event_type);
+            // SAFETY: of events that are about a port, which are those it is looked at for, this is the number.
+            let port = unsafe { event.element.port_num };
+            let kind = event.event_type;
             // SAFETY: an event that was got just now, acknowledged once.
             unsafe { ffi::ibv_ack_async_event(&raw mut event) };
-            if fatal.is_some() {
-                return fatal;
+            if let Some(fatal) = self.end_of_reading(kind, port, here) {
+                return Some(fatal);
             }
         }
     }
 
-    fn end_of_reading(event: ffi::ibv_event_type) -> Option<&'static str> {
+    fn end_of_reading(
+        &self,
+        event: ffi::ibv_event_type,
+        port: i32,
+        here: Here,
+    ) -> Option<&'static str> {
+        let ours = port == i32::from(here.port);
         match event {
             ffi::IBV_EVENT_DEVICE_FATAL => Some("the adapter has failed or was removed"),
-            ffi::IBV_EVENT_PORT_ERR => Some("its port went down"),
             ffi::IBV_EVENT_QP_FATAL | ffi::IBV_EVENT_QP_REQ_ERR | ffi::IBV_EVENT_QP_ACCESS_ERR => {
                 Some("a queue pair has failed")
             }
             ffi::IBV_EVENT_CQ_ERR => Some("a completion queue has failed"),
-            ffi::IBV_EVENT_GID_CHANGE | ffi::IBV_EVENT_LID_CHANGE => Some("its address changed"),
+            ffi::IBV_EVENT_PORT_ERR if ours => Some("its port went down"),
+            ffi::IBV_EVENT_GID_CHANGE if ours && !self.has_address(here) => {
+                Some("its address is gone")
+            }
+            ffi::IBV_EVENT_LID_CHANGE if ours && !here.ethernet => Some("its address changed"),
             _ => None,
         }
+    }
+
+    /// True while the port has the address that the queue pairs were connected by.
+    fn has_address(&self, here: Here) -> bool {
+        self.gid(here.port, u32::from(here.gid_index)).is_some_and(|gid| gid.bytes == here.gid)
     }
 
     /// The kernel's number of the driver. A request for a method that does not exist is refused in one way by the right
@@ -281,6 +308,14 @@ pub(super) fn watch(pair: &QueuePair, other: Option<RawFd>) -> Result<Epoll> {
         epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(failed)?;
     }
     Ok(epoll)
+}
+
+/// Leaves a queue pair's channel out of a set. It can be readable for ever once nobody takes its notices.
+pub(super) fn unwatch(epoll: &Epoll, pair: &QueuePair) {
+    // SAFETY: borrowed for this call only.
+    let fd = unsafe { BorrowedFd::borrow_raw(pair.channel_fd()) };
+    // Fails only where it is not in the set.
+    let _ = epoll.delete(fd);
 }
 
 /// A protection domain.
@@ -336,7 +371,7 @@ unsafe impl Send for Buffer {}
 // SAFETY: shared, it is only read.
 unsafe impl Sync for Buffer {}
 
-/// What may be done with a buffer.
+/// What may be done with a buffer, or over a queue pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
     /// Our READs write to it.
@@ -401,10 +436,11 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: deregistered before the memory is freed; queue pairs that could write to it are gone.
-        unsafe {
-            ffi::ibv_dereg_mr(self.region.as_ptr());
-            dealloc(self.memory.as_ptr(), self.layout);
+        // SAFETY: a live region, deregistered once; queue pairs that could write to it are gone.
+        let ret = unsafe { ffi::ibv_dereg_mr(self.region.as_ptr()) };
+        if ret == 0 {
+            // SAFETY: allocated with this layout, and the adapter can't reach it any more. (Where it can, it is left to it.)
+            unsafe { dealloc(self.memory.as_ptr(), self.layout) };
         }
     }
 }
@@ -446,6 +482,7 @@ pub(super) struct Here {
     pub(super) port: u8,
     pub(super) ethernet: bool,
     pub(super) gid_index: u8,
+    pub(super) gid: [u8; 16],
     pub(super) psn: u32,
 }
 
@@ -465,8 +502,8 @@ unsafe impl Send for QueuePair {}
 unsafe impl Sync for QueuePair {}
 
 impl QueuePair {
-    /// `depth` is how many READs may be posted at a time.
-    pub(super) fn new(domain: &Arc<Domain>, depth: u32, here: Here) -> Result<Self> {
+    /// `depth` is how many READs may be posted at a time; the peer may READ only where `usage` is `Source`.
+    pub(super) fn new(domain: &Arc<Domain>, depth: u32, here: Here, usage: Use) -> Result<Self> {
         let context = domain.context.raw.as_ptr();
         // SAFETY: an open context.
         let channel =
@@ -503,7 +540,7 @@ impl QueuePair {
         })?;
         let pair = Self { raw, queue, channel, here, domain: Arc::clone(domain) };
         set_nonblocking(pair.channel_fd())?;
-        pair.init()?;
+        pair.init(usage)?;
         Ok(pair)
     }
 
@@ -529,12 +566,16 @@ impl QueuePair {
         check(what, ret)
     }
 
-    fn init(&self) -> Result<()> {
+    fn init(&self, usage: Use) -> Result<()> {
         use ffi::ibv_qp_attr_mask as Mask;
+        let access = match usage {
+            Use::Target => 0,
+            Use::Source => ffi::ibv_access_flags::IBV_ACCESS_REMOTE_READ.0,
+        };
         let mut attr = ffi::ibv_qp_attr {
             qp_state: ffi::ibv_qp_state::IBV_QPS_INIT,
             port_num: self.here.port,
-            qp_access_flags: ffi::ibv_access_flags::IBV_ACCESS_REMOTE_READ.0,
+            qp_access_flags: access,
             ..Default::default()
         };
         let mask = Mask::IBV_QP_STATE
