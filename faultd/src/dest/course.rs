@@ -105,7 +105,8 @@ impl Course<'_> {
         join(threads);
         let rdma_bytes = self.rdma.as_ref().map_or(0, Watch::bytes);
         let figures = self.drain.figures();
-        let completed = Completed { figures, drain_us, exited, rdma_bytes };
+        let fault_parts = Some(self.drain.fault_parts());
+        let completed = Completed { figures, drain_us, exited, rdma_bytes, fault_parts };
         failpoints::reached("destination-finished");
         // Noted before anything that could take the drain up is let go.
         self.dir.write(rundir::COMPLETED, &completed.encode_to_vec())?;
