@@ -13,6 +13,8 @@ use std::fs::File;
 use std::ops::Range;
 
 const PAGE: u64 = 4096;
+/// Addresses looked through in one go: a multiple of every page size.
+const SCAN_STEP_BYTES: u64 = 64 << 30;
 
 /// The lazy part of a frozen process's memory.
 #[derive(Debug)]
@@ -98,10 +100,21 @@ impl FrozenMemory {
         self.mem.read(address, out)
     }
 
-    /// Calls `found` for every run of existing pages, ascending; for pages with several views once.
-    pub fn scan(&self, found: &mut dyn FnMut(PageRun)) -> Result<()> {
+    /// Calls `found` for every run of existing pages, ascending; for pages with several views once. Now and then it calls
+    /// `on_the_way`, however little is found: without `PAGEMAP_SCAN` terabytes of reserved addresses take many seconds.
+    pub fn scan<E: From<Error>>(
+        &self,
+        found: &mut dyn FnMut(PageRun),
+        on_the_way: &mut dyn FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         for area in self.areas.iter().filter(|a| !a.alias) {
-            self.scan_area(area, area.start..area.end, found)?;
+            let mut at = area.start;
+            while at < area.end {
+                let end = area.end.min(at + SCAN_STEP_BYTES);
+                self.scan_area(area, at..end, found)?;
+                on_the_way()?;
+                at = end;
+            }
         }
         Ok(())
     }
