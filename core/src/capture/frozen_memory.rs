@@ -13,6 +13,8 @@ use std::fs::File;
 use std::ops::Range;
 
 const PAGE: u64 = 4096;
+/// Addresses looked through in one go: a multiple of every page size.
+const SCAN_STEP_BYTES: u64 = 64 << 30;
 
 /// The lazy part of a frozen process's memory.
 #[derive(Debug)]
@@ -98,21 +100,51 @@ impl FrozenMemory {
         self.mem.read(address, out)
     }
 
-    /// Calls `found` for every run of existing pages, ascending; for pages with several views once.
-    pub fn scan(&self, found: &mut dyn FnMut(PageRun)) -> Result<()> {
+    /// Calls `found` for every run of existing pages, ascending; for pages with several views once. Now and then it calls
+    /// `on_the_way`, however little is found: without `PAGEMAP_SCAN` terabytes of reserved addresses take many seconds.
+    pub fn scan<E: From<Error>>(
+        &self,
+        found: &mut dyn FnMut(PageRun),
+        on_the_way: &mut dyn FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         for area in self.areas.iter().filter(|a| !a.alias) {
-            self.scan_area(area, area.start..area.end, found)?;
+            let mut at = area.start;
+            while at < area.end {
+                let end = area.end.min(at + SCAN_STEP_BYTES);
+                self.scan_area(area, at..end, found)?;
+                on_the_way()?;
+                at = end;
+            }
         }
         Ok(())
     }
 
-    /// Calls `found` for every run of pages that can be pinned without making the kernel allocate any.
-    pub fn scan_pinnable(&self, found: &mut dyn FnMut(PageRun)) -> Result<()> {
+    /// Calls `found` for runs of pages that can be pinned without making the kernel allocate any, until `go_on`
+    /// answers no. Runs shorter than `len_bytes_min` may be left out.
+    pub fn scan_pinnable(
+        &self,
+        len_bytes_min: u64,
+        found: &mut dyn FnMut(PageRun),
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<()> {
         for area in self.areas.iter().filter(|a| !a.alias) {
-            if area.object.is_some() {
-                self.scan_area(area, area.start..area.end, found)?;
-            } else {
-                self.map.scan(area.start, area.end, Wanted::Own, found)?;
+            let mut at = area.start;
+            while at < area.end && go_on() {
+                let end = area.end.min(at + SCAN_STEP_BYTES);
+                let mut existing = Vec::new();
+                self.scan_area(area, at..end, &mut |run| {
+                    if run.end - run.start >= len_bytes_min {
+                        existing.push(run);
+                    }
+                })?;
+                for run in existing {
+                    if area.object.is_some() {
+                        found(run);
+                    } else {
+                        self.map.scan(run.start, run.end, Wanted::Own, found)?;
+                    }
+                }
+                at = end;
             }
         }
         Ok(())

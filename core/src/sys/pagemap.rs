@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 const PAGE: u64 = 4096;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
@@ -24,6 +25,26 @@ const ENTRY_SWAPPED: u64 = 1 << 62;
 const ENTRY_FILE: u64 = 1 << 61;
 const ENTRY_GUARD: u64 = 1 << 58;
 const ENTRY_EXCLUSIVE: u64 = 1 << 56;
+
+/// The first kernel with guard regions (`MADV_GUARD_INSTALL`).
+const GUARDS_SINCE: (u32, u32) = (6, 13);
+
+/// Older kernels are not asked: without `PAGEMAP_SCAN` for guards the answer costs a read of the whole pagemap, and a
+/// program may have reserved terabytes.
+fn kernel_may_have_guards() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        let name = nix::sys::utsname::uname().ok();
+        let release = name.as_ref().and_then(|name| name.release().to_str());
+        release.and_then(version).is_none_or(|version| version >= GUARDS_SINCE)
+    })
+}
+
+/// The first two numbers of a kernel's release, such as `6.1.0-18-amd64`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
 
 #[repr(C)]
 #[derive(Default)]
@@ -133,6 +154,9 @@ impl Pagemap {
         wanted: Wanted,
         found: &mut dyn FnMut(PageRun),
     ) -> Result<()> {
+        if wanted == Wanted::Guards && !kernel_may_have_guards() {
+            return Ok(());
+        }
         for guards in [true, false].into_iter().filter(|_| wanted.by_ioctl()) {
             match self.scan_ioctl(start, end, wanted, guards, found) {
                 // Refused before anything was found: by the category, or as a whole.
@@ -251,6 +275,14 @@ mod tests {
             map.scan(at, at + pages * PAGE, Wanted::Existing, &mut push).unwrap();
         }
         got
+    }
+
+    #[test]
+    fn versions_compare_by_number() {
+        assert_eq!(version("6.1.0-56-amd64"), Some((6, 1)));
+        assert_eq!(version("6.13-rc1+"), Some((6, 13)));
+        assert!(version("6.9.12") < Some(GUARDS_SINCE));
+        assert_eq!(version("six"), None);
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The page server: answers the destination's requests from the frozen copy's memory, a thread a lane.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::placement::Placement;
 use crate::protocol::{PresentRun, RUNS_PER_MAP};
 use slipstream_core::capture::frozen_memory::FrozenMemory;
+use slipstream_core::sys::pagemap::PageRun;
 use slipstream_core::sys::task;
 use slipstream_transport::{Channel, Closer, Extent, Pace, PageServer, PageSource, Purpose};
 use std::cell::{Cell, RefCell};
@@ -12,9 +13,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Urgent requests between two looks at the CPU that they arrive on.
 const FOLLOW_INTERVAL: u32 = 8;
+
+/// How often the destination, which waits for the present map, hears something while it is made.
+const SIGN_OF_LIFE_INTERVAL: Duration = Duration::from_secs(3);
 
 /// The frozen copy as a page source, for one lane's thread.
 #[derive(Debug)]
@@ -139,7 +144,8 @@ pub fn send_present_map(
 ) -> Result<u64> {
     let mut pieces: Vec<PresentRun> = Vec::new();
     let mut bytes = 0;
-    memory.scan(&mut |run| {
+    let mut last_sign = Instant::now();
+    let mut note = |run: PageRun| {
         bytes += run.end - run.start;
         match pieces.last_mut() {
             // Runs are cut where a scan's buffer ended; the destination need not see that.
@@ -152,6 +158,13 @@ pub fn send_present_map(
                 huge: run.huge,
             }),
         }
+    };
+    memory.scan::<Error>(&mut note, &mut || {
+        if last_sign.elapsed() >= SIGN_OF_LIFE_INTERVAL {
+            last_sign = Instant::now();
+            send(&[])?;
+        }
+        Ok(())
     })?;
     for piece in pieces.chunks(RUNS_PER_MAP) {
         send(piece)?;
