@@ -275,11 +275,13 @@ impl PageLane for RdmaPageLane {
                 // Slots may have become free.
                 self.start()?;
             }
-            if self.tcp.has_reply()? {
+            // A caller that polls does not sleep on the descriptor yet, and a look at the socket is a system call.
+            let soon = block == Block::No && self.is_soon();
+            let look_at_tcp = !soon || self.tcp.outstanding_requests() > 0;
+            if look_at_tcp && self.tcp.has_reply()? {
                 return self.tcp.next(Block::No);
             }
-            // A caller that polls does not sleep on the descriptor yet.
-            if block == Block::No && self.is_soon() {
+            if soon {
                 return Ok(None);
             }
             if self.arm()? {
