@@ -4,6 +4,10 @@
 # The oldest Rust that builds the workspace; Cargo.toml has it too.
 rust_min=1.88
 
+# What the RDMA transport is built with (crate ibverbs-sys).
+# shellcheck disable=SC2034
+rdma_build_packages=(cmake make g++ pkg-config libclang-dev libnl-3-dev libnl-route-3-dev libibverbs-dev)
+
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 

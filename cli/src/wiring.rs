@@ -62,7 +62,7 @@ impl Engine for Wired {
             .map(|f| HostFact { name: f.name.into(), ok: f.ok || !f.required, detail: f.detail })
             .collect();
         // RDMA is never needed: a host without it uses TCP.
-        let adapter = |detail: String| HostFact { name: "rdma".into(), ok: true, detail };
+        let adapter = |detail: String| HostFact { name: "RDMA".into(), ok: true, detail };
         facts.extend(describe_adapters().into_iter().map(adapter));
         let Some(pid) = args.pid else { return Ok(Findings { facts, preflight: None }) };
         let destination = match (&args.destination, &args.key) {

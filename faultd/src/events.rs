@@ -137,6 +137,23 @@ pub struct Progress {
     pub eta_s: Option<f64>,
 }
 
+/// Where the time of faults went: medians and 99th percentiles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultParts {
+    /// From reading the event to asking for the page.
+    pub ask_us_p50: u64,
+    /// The same.
+    pub ask_us_p99: u64,
+    /// From there to the page's arrival.
+    pub network_us_p50: u64,
+    /// The same.
+    pub network_us_p99: u64,
+    /// From there to the waking of the thread.
+    pub install_us_p50: u64,
+    /// The same.
+    pub install_us_p99: u64,
+}
+
 /// The end of a migration that succeeded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Completed {
@@ -155,6 +172,9 @@ pub struct Completed {
     /// Bytes that were read by RDMA.
     #[serde(default)]
     pub rdma_bytes: u64,
+    /// Where the time of faults went.
+    #[serde(default)]
+    pub fault_parts: FaultParts,
     /// The process ended by itself before the last page was in.
     pub exited: bool,
 }
@@ -331,6 +351,7 @@ mod tests {
                 transport: "tcp".into(),
                 why_tcp: String::new(),
                 rdma_bytes: 0,
+                fault_parts: FaultParts::default(),
                 exited: false,
             }),
             Event::Failed(Failed {

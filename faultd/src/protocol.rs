@@ -378,6 +378,32 @@ pub struct Completed {
     /// Bytes that were read by RDMA.
     #[prost(uint64, tag = "4")]
     pub rdma_bytes: u64,
+    /// Where the time of faults went.
+    #[prost(message, optional, tag = "5")]
+    pub fault_parts: Option<FaultParts>,
+}
+
+/// Where the time of faults went: medians and 99th percentiles, microseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct FaultParts {
+    /// From reading the event to asking for the page.
+    #[prost(uint64, tag = "1")]
+    pub ask_us_p50: u64,
+    /// The same.
+    #[prost(uint64, tag = "2")]
+    pub ask_us_p99: u64,
+    /// From there to the page's arrival.
+    #[prost(uint64, tag = "3")]
+    pub network_us_p50: u64,
+    /// The same.
+    #[prost(uint64, tag = "4")]
+    pub network_us_p99: u64,
+    /// From there to the waking of the thread.
+    #[prost(uint64, tag = "5")]
+    pub install_us_p50: u64,
+    /// The same.
+    #[prost(uint64, tag = "6")]
+    pub install_us_p99: u64,
 }
 
 /// Regions of the source's memory: little-endian records of 20 bytes: start address (64 bits), length in bytes (64

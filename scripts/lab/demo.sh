@@ -46,7 +46,8 @@ lab_demo() {
         sleep 0.3
     done
     comm=$(run_on 1 cat "/proc/$pid/comm")
-    text=$(run_on 1 "$bin" migrate "$pid" "tcp://$address" --key "$share/key" --run-dir /run/slipstream) ||
+    text=$(run_on 1 "$bin" migrate "$pid" "tcp://$address" --key "$share/key" --transport rdma \
+        --run-dir /run/slipstream) ||
         { cat "$share/agent.log" >&2; die "the migration failed"; }
     printf '%s\n' "$text"
     there=$(sed -n 's/.*moved, PID \([0-9]*\) there.*/\1/p' <<<"$text")

@@ -81,6 +81,11 @@ pub trait PageLane: Send {
     /// Readable when `next(Block::No)` may give something. Call that until it gives None, then poll again.
     fn raw_fd(&self) -> Option<RawFd>;
 
+    /// Most that a bulk lane should have outstanding while faults come.
+    fn outstanding_bytes_hurried(&self) -> u64 {
+        u64::MAX
+    }
+
     /// True while the descriptor would not tell of the next answer, because it is expected so soon that sleeping would take
     /// longer: call `next` again at once.
     fn busy_poll(&self) -> bool {

@@ -119,13 +119,32 @@ impl FrozenMemory {
         Ok(())
     }
 
-    /// Calls `found` for every run of pages that can be pinned without making the kernel allocate any.
-    pub fn scan_pinnable(&self, found: &mut dyn FnMut(PageRun)) -> Result<()> {
+    /// Calls `found` for runs of pages that can be pinned without making the kernel allocate any, until `go_on`
+    /// answers no. Runs shorter than `len_bytes_min` may be left out.
+    pub fn scan_pinnable(
+        &self,
+        len_bytes_min: u64,
+        found: &mut dyn FnMut(PageRun),
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<()> {
         for area in self.areas.iter().filter(|a| !a.alias) {
-            if area.object.is_some() {
-                self.scan_area(area, area.start..area.end, found)?;
-            } else {
-                self.map.scan(area.start, area.end, Wanted::Own, found)?;
+            let mut at = area.start;
+            while at < area.end && go_on() {
+                let end = area.end.min(at + SCAN_STEP_BYTES);
+                let mut existing = Vec::new();
+                self.scan_area(area, at..end, &mut |run| {
+                    if run.end - run.start >= len_bytes_min {
+                        existing.push(run);
+                    }
+                })?;
+                for run in existing {
+                    if area.object.is_some() {
+                        found(run);
+                    } else {
+                        self.map.scan(run.start, run.end, Wanted::Own, found)?;
+                    }
+                }
+                at = end;
             }
         }
         Ok(())

@@ -47,7 +47,6 @@ pub fn check_host() -> Vec<HostFact> {
         io_uring(),
         pagemap_scan(),
         memory(),
-        rdma(),
     ]
 }
 
@@ -206,20 +205,6 @@ fn memory() -> HostFact {
         .map(|bytes| format!("{} MiB available", bytes >> 20))
         .ok_or_else(|| "unknown; is /proc mounted?".to_owned());
     fact("memory", true, found)
-}
-
-fn rdma() -> HostFact {
-    let devices: Vec<String> = fs::read_dir("/sys/class/infiniband")
-        .into_iter()
-        .flatten()
-        .filter_map(|e| e.ok()?.file_name().into_string().ok())
-        .collect();
-    let found = if devices.is_empty() {
-        Err("no device: pages travel over TCP".into())
-    } else {
-        Ok(devices.join(", "))
-    };
-    fact("RDMA", false, found)
 }
 
 #[cfg(test)]

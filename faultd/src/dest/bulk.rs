@@ -78,8 +78,14 @@ impl Worker {
     }
 
     fn fill(&mut self) -> Result<()> {
-        while self.lane.outstanding_bytes() < self.window.bytes() {
-            let Some(claim) = self.drain.next_run(RUN_BYTES_MAX) else { break };
+        let mut window = self.window.bytes();
+        if self.drain.pace().is_hurried() {
+            window = window.min(self.lane.outstanding_bytes_hurried());
+        }
+        while self.lane.outstanding_bytes() < window {
+            // At least two requests under way, or the pipe runs dry between them.
+            let len_max = (window / 2).min(RUN_BYTES_MAX);
+            let Some(claim) = self.drain.next_run(len_max) else { break };
             let page_size = self.drain.shared(|state| {
                 let space = state.pages.space(claim.space);
                 space.and_then(|s| s.locate(claim.current_address)).map_or(4096, |l| l.page_size)

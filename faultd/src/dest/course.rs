@@ -27,6 +27,8 @@ use std::time::{Duration, Instant, SystemTime};
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// The end of a drain is noticed this fast.
 const TICK: Duration = Duration::from_millis(1);
+/// Between two looks at the adapter, and for regions that the source has made readable.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// For the rest of a message that has begun to arrive.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 /// For the source to say goodbye after completion.
@@ -103,7 +105,8 @@ impl Course<'_> {
         join(threads);
         let rdma_bytes = self.rdma.as_ref().map_or(0, Watch::bytes);
         let figures = self.drain.figures();
-        let completed = Completed { figures, drain_us, exited, rdma_bytes };
+        let fault_parts = Some(self.drain.fault_parts());
+        let completed = Completed { figures, drain_us, exited, rdma_bytes, fault_parts };
         failpoints::reached("destination-finished");
         // Noted before anything that could take the drain up is let go.
         self.dir.write(rundir::COMPLETED, &completed.encode_to_vec())?;
@@ -115,13 +118,16 @@ impl Course<'_> {
 
     fn fetch(&mut self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
         receive_present_map(link.receiver, &self.drain, manifest, self.rdma.as_ref())?;
-        let mut reported = Instant::now();
+        let (mut reported, mut looked) = (Instant::now(), Instant::now());
         while !self.drain.complete() {
             if let Some(e) = self.drain.take_failure() {
                 return Err(e);
             }
             self.drain.wait_news(TICK);
-            self.look_after_rdma(link)?;
+            if looked.elapsed() >= LOOK_INTERVAL {
+                looked = Instant::now();
+                self.look_after_rdma(link)?;
+            }
             if reported.elapsed() >= PROGRESS_INTERVAL {
                 reported = Instant::now();
                 let figures: Figures = self.drain.figures();

@@ -1,5 +1,6 @@
 //! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
 
+use crate::dest::fault_times::{FaultTimes, Moments};
 use crate::dest::held::{Account, Holdings};
 use crate::dest::journal::{Record, Unfinished};
 use crate::dest::shared_memory::{Sleepers, mapped_until};
@@ -7,8 +8,7 @@ use crate::error::{Error, Result};
 use crate::pages::{
     Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SpaceId, Unregister,
 };
-use crate::protocol::{Figures, PresentRun};
-use hdrhistogram::Histogram;
+use crate::protocol::{FaultParts, Figures, PresentRun};
 use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::keeper::Keeper;
@@ -22,8 +22,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
-/// Fault times from a microsecond to a minute, to two digits.
-const FAULT_US_MAX: u64 = 60_000_000;
 /// All addresses a program can have mapped, for waking whoever waits.
 const WAKE_START: u64 = 0x1_0000;
 const WAKE_END: u64 = 0x7fff_ffff_f000;
@@ -46,7 +44,7 @@ pub struct Drain {
     news_lock: Mutex<()>,
     ended: AtomicBool,
     failure: Mutex<Option<Error>>,
-    fault_us: Mutex<Histogram<u64>>,
+    fault_times: Mutex<FaultTimes>,
     huge: Mutex<Vec<PresentRun>>,
     overtaken_since: Mutex<Option<Instant>>,
 }
@@ -154,8 +152,6 @@ impl Drain {
         for (current, source, len) in aliases {
             pages.track_alias(current, source, len)?;
         }
-        let fault_us = Histogram::new_with_bounds(1, FAULT_US_MAX, 2)
-            .map_err(|e| Error::Internal(e.to_string()))?;
         Ok(Self {
             state: RwLock::new(State {
                 pages,
@@ -171,7 +167,7 @@ impl Drain {
             news_lock: Mutex::new(()),
             ended: AtomicBool::new(false),
             failure: Mutex::new(None),
-            fault_us: Mutex::new(fault_us),
+            fault_times: Mutex::new(FaultTimes::new()?),
             huge: Mutex::new(Vec::new()),
             overtaken_since: Mutex::new(None),
         })
@@ -435,22 +431,26 @@ impl Drain {
     }
 
     /// Notes how long a thread waited for a page.
-    pub fn record_fault(&self, elapsed: Duration) {
-        let us = (elapsed.as_micros() as u64).clamp(1, FAULT_US_MAX);
-        lock(&self.fault_us).saturating_record(us);
+    pub fn record_fault(&self, moments: &Moments) {
+        lock(&self.fault_times).record(moments);
+    }
+
+    /// Where the time of faults went.
+    pub fn fault_parts(&self) -> FaultParts {
+        lock(&self.fault_times).parts()
     }
 
     /// How far it is.
     pub fn figures(&self) -> Figures {
         let s = self.read().pages.statistics();
-        let faults = lock(&self.fault_us);
+        let (faults, fault_us_p50, fault_us_p99) = lock(&self.fault_times).whole();
         Figures {
             pages_present: s.pages_present + s.pages_gone,
             pages_total: s.pages_total,
             bytes: s.bytes,
-            faults: faults.len(),
-            fault_us_p50: faults.value_at_quantile(0.5),
-            fault_us_p99: faults.value_at_quantile(0.99),
+            faults,
+            fault_us_p50,
+            fault_us_p99,
         }
     }
 

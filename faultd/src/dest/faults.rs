@@ -5,6 +5,7 @@
 //! tried again after the next round.
 
 use crate::dest::drain::{Data, Delivered, Drain, Happened};
+use crate::dest::fault_times::Moments;
 use crate::error::{Error, Result};
 use crate::pages::{FaultAction, Piece, SpaceId};
 use crate::placement::Placement;
@@ -41,6 +42,7 @@ struct Asked {
     space: SpaceId,
     len_bytes: u64,
     since: Instant,
+    posted: Instant,
     /// What has arrived of a huge page, which can only be installed whole.
     arrived: Vec<u8>,
     absent: bool,
@@ -225,7 +227,8 @@ impl Service {
             if id == SpaceId::PROCESS {
                 self.follower.fault(tid, self.drain.pace());
             }
-            let asked = Asked { space: id, len_bytes, since, arrived: Vec::new(), absent: false };
+            let (posted, arrived) = (Instant::now(), Vec::new());
+            let asked = Asked { space: id, len_bytes, since, posted, arrived, absent: false };
             let waiting = self.asked.entry(source).or_default();
             waiting.push(asked);
             // Another space may be waiting for the same source page already.
@@ -294,7 +297,9 @@ impl Service {
         match self.drain.deliver(asked.space, source, data, &mut self.pieces)? {
             Delivered::All => {
                 self.drain.shared(|state| state.pages.urgent_done(asked.space, source));
-                self.drain.record_fault(asked.since.elapsed());
+                let (read, woken) = (asked.since, Instant::now());
+                let moments = Moments { read, asked: asked.posted, arrived: since, woken };
+                self.drain.record_fault(&moments);
                 Ok(None)
             }
             Delivered::NotMapped(piece) if since.elapsed() > NOT_MAPPED_MAX => {

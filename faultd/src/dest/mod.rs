@@ -3,6 +3,7 @@
 pub mod bulk;
 pub mod course;
 pub mod drain;
+pub mod fault_times;
 pub mod faults;
 pub mod finish;
 pub mod held;

@@ -57,6 +57,7 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
                 transport: if done.rdma_bytes > 0 { "rdma" } else { "tcp" }.into(),
                 why_tcp: String::new(),
                 rdma_bytes: done.rdma_bytes,
+                fault_parts: crate::source::figures::fault_parts(done.fault_parts),
                 exited,
             }));
             return Ok(());

@@ -15,7 +15,7 @@ use crate::protocol::{
 };
 use crate::rundir::MigrationDir;
 use crate::source::commit;
-use crate::source::figures::{figures, progress};
+use crate::source::figures::{fault_parts, figures, progress};
 use crate::source::page_server::{PageServers, send_present_map};
 use crate::source::rdma::{Registering, Registration, SharedSender};
 use crate::source::record::Record;
@@ -272,6 +272,7 @@ impl Afterwards<'_> {
             transport: if read { "rdma" } else { "tcp" }.into(),
             why_tcp: self.why_tcp,
             rdma_bytes: done.rdma_bytes,
+            fault_parts: fault_parts(done.fault_parts),
             exited: done.exited,
         }));
         Ok(())

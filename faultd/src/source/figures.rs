@@ -1,7 +1,7 @@
 //! Figures of a drain, as whoever watches is told them.
 
 use crate::events::{self, per_second};
-use crate::protocol::Figures;
+use crate::protocol::{FaultParts, Figures};
 use std::time::Instant;
 
 /// Figures as they are told, with rates since `before`.
@@ -28,4 +28,17 @@ pub fn progress(now: &Figures, since: Instant, before: &Figures) -> events::Prog
     let came = now.pages_present.saturating_sub(before.pages_present) as f64;
     let eta_s = (came > 0.0).then(|| left / came * elapsed_us as f64 / 1e6);
     events::Progress { phase: "drain".into(), figures, eta_s }
+}
+
+/// Where the time of faults went, as it is told.
+pub fn fault_parts(parts: Option<FaultParts>) -> events::FaultParts {
+    let p = parts.unwrap_or_default();
+    events::FaultParts {
+        ask_us_p50: p.ask_us_p50,
+        ask_us_p99: p.ask_us_p99,
+        network_us_p50: p.network_us_p50,
+        network_us_p99: p.network_us_p99,
+        install_us_p50: p.install_us_p50,
+        install_us_p99: p.install_us_p99,
+    }
 }

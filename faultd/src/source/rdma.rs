@@ -6,7 +6,8 @@ use crate::error::Result;
 use crate::protocol::{DestinationMessage, RegionKey, Regions, SourceMessage, Verdict};
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::inject::SourceScratch;
-use slipstream_core::register::{Plan, Registrar, Target};
+use slipstream_core::register::{Plan, RUN_BYTES_MIN, Registrar, Target};
+use slipstream_core::sys::pagemap::PageRun;
 use slipstream_transport::rdma::Source;
 use slipstream_transport::{Receiver, Sender};
 use std::net::IpAddr;
@@ -158,7 +159,9 @@ impl Drop for Registering {
 impl Registration {
     fn run(&self, stop: &AtomicBool) -> Result<()> {
         let mut plan = Plan::default();
-        self.memory.scan_pinnable(&mut |run| plan.add(run.start..run.end))?;
+        let go_on = || !stop.load(Ordering::SeqCst);
+        let mut add = |run: PageRun| plan.add(run.start..run.end);
+        self.memory.scan_pinnable(RUN_BYTES_MIN, &mut add, &go_on)?;
         plan.seal();
         if plan.bytes() == 0 {
             return Ok(());

@@ -19,8 +19,8 @@ const URGENT_SLOT_LEN: u32 = 64 << 10;
 /// Of a bulk lane: 6 MiB.
 const BULK_SLOTS: u16 = 24;
 const BULK_SLOT_LEN: u32 = 256 << 10;
-/// A READ that takes this long has failed: the adapter itself gives up before.
-const READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// A READ that takes this long has failed. Most adapters give up themselves before.
+const READ_TIMEOUT: Duration = Duration::from_secs(4);
 /// Longest sleep before looking at the adapter's health.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Bounds on how long an expected completion is polled for rather than slept on.
@@ -127,9 +127,6 @@ impl RdmaPageLane {
         if self.over {
             return Ok(());
         }
-        if self.reads.is_posted() && self.posted.elapsed() > READ_TIMEOUT {
-            self.health.fail("a READ was not answered".into());
-        }
         if !self.health.has_failed() {
             return Ok(());
         }
@@ -169,11 +166,15 @@ impl RdmaPageLane {
 
     /// Has the descriptor become readable by the next completion; true if one has come meanwhile.
     fn arm(&mut self) -> Result<bool> {
-        if self.over || !self.reads.is_posted() {
+        if self.over {
             return Ok(false);
         }
+        // Left there, it would keep the descriptor readable.
         if self.armed && self.pair.take_notice() {
             self.armed = false;
+        }
+        if !self.reads.is_posted() {
+            return Ok(false);
         }
         if !self.armed {
             self.armed = true;
@@ -201,9 +202,15 @@ impl RdmaPageLane {
 
     /// Waits for either way; false when the time is up.
     fn wait(&mut self, block: Block) -> Result<bool> {
+        if block == Block::No {
+            return Ok(false);
+        }
         let now = Instant::now();
+        if self.reads.is_posted() && now - self.posted > READ_TIMEOUT {
+            self.health.fail("a READ was not answered".into());
+        }
         let until = match block {
-            Block::No => return Ok(false),
+            Block::No => now,
             Block::Until(until) if until <= now => return Ok(false),
             Block::Until(until) => until.min(now + LOOK_INTERVAL),
             Block::Forever => now + LOOK_INTERVAL,
@@ -278,6 +285,11 @@ impl PageLane for RdmaPageLane {
 
     fn raw_fd(&self) -> Option<RawFd> {
         Some(self.epoll.0.as_raw_fd())
+    }
+
+    /// What is under way on the link comes before a fault's page.
+    fn outstanding_bytes_hurried(&self) -> u64 {
+        128 << 10
     }
 
     fn busy_poll(&self) -> bool {
