@@ -47,10 +47,11 @@ pub struct Build {
     pub linkage: Linkage,
 }
 
-/// The target directory's profile folder, e.g. `target/debug`: this executable lies in its `deps`.
+/// The target directory's profile folder, e.g. `target/debug`: this executable lies in it, or, if it is a test, in its `deps`.
 pub fn profile_dir() -> PathBuf {
     let exe = std::env::current_exe().expect("the path of this executable");
-    exe.ancestors().nth(2).expect("an executable in target/*/deps").to_path_buf()
+    let folder = exe.parent().expect("an executable in target/*");
+    if folder.ends_with("deps") { folder.parent().expect("target/*") } else { folder }.to_path_buf()
 }
 
 /// The binary under test.

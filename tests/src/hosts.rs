@@ -13,9 +13,9 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::build;
+use crate::host::Host;
 use crate::migration::Migration;
 use crate::namespace::Namespace;
-use crate::process::{Pidfd, describe};
 use crate::program::Program;
 use crate::wait;
 
@@ -33,26 +33,26 @@ pub type SharedChild = Arc<Mutex<Child>>;
 
 /// Two hosts (or two on one network), with a folder and a key of their own.
 pub struct Hosts {
-    source: Namespace,
-    destination: Option<Namespace>,
+    source: Host,
+    destination: Option<Host>,
     directory: TempDir,
     children: Mutex<Vec<SharedChild>>,
     numbers: AtomicUsize,
 }
 
 impl Hosts {
-    /// Two hosts, joined by a cable.
+    /// Two hosts, joined by a cable; this machine and another one, if `SLIPSTREAM_TEST_HOSTS` names where that can be asked.
     pub fn two() -> Self {
-        let (source, destination) = Namespace::joined();
+        let (source, destination) = Host::two();
         Self::new(source, Some(destination))
     }
 
     /// Source and destination on the same network, over loopback: how most people try it first.
     pub fn one() -> Self {
-        Self::new(Namespace::alone(), None)
+        Self::new(Namespace::alone().into(), None)
     }
 
-    fn new(source: Namespace, destination: Option<Namespace>) -> Self {
+    fn new(source: Host, destination: Option<Host>) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("slipstream-test-")
             .tempdir()
@@ -89,7 +89,7 @@ impl Hosts {
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755))
             .expect("permissions");
         Self {
-            source: Namespace::alone(),
+            source: Namespace::alone().into(),
             destination: None,
             directory,
             children: Mutex::default(),
@@ -98,7 +98,7 @@ impl Hosts {
     }
 
     /// One of the two.
-    pub fn host(&self, side: Side) -> &Namespace {
+    pub fn host(&self, side: Side) -> &Host {
         match side {
             Side::Source => &self.source,
             Side::Destination => self.destination.as_ref().unwrap_or(&self.source),
@@ -201,15 +201,15 @@ impl Hosts {
     /// The processes on either host.
     pub fn pids(&self) -> Vec<i32> {
         let mut pids = self.source.pids();
-        pids.extend(self.destination.iter().flat_map(Namespace::pids));
+        pids.extend(self.destination.iter().flat_map(Host::pids));
         pids
     }
 
     /// All logs and outputs, and the state of all processes.
     pub fn describe(&self) -> String {
         let mut text = String::new();
-        for pid in self.pids() {
-            text += &describe(pid);
+        for host in std::iter::once(&self.source).chain(&self.destination) {
+            text += &host.describe();
         }
         let mut folders = vec![self.path().to_path_buf()];
         while let Some(folder) = folders.pop() {
@@ -229,18 +229,10 @@ impl Hosts {
         text
     }
 
-    /// Ends every process on the hosts: they are ours, whatever has become of them, for nobody else is in our namespaces.
+    /// Ends every process on the hosts: they are ours, whatever has become of them.
     fn end_all(&self) {
-        for _ in 0..1000 {
-            let processes: Vec<_> = self.pids().into_iter().filter_map(Pidfd::open).collect();
-            // Asked again now that each is held: a number may have passed to a stranger in between.
-            let ours = self.pids();
-            let alive =
-                processes.iter().filter(|process| ours.contains(&process.pid) && !process.ended());
-            if alive.map(|process| process.signal(libc::SIGKILL)).count() == 0 {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        for host in std::iter::once(&self.source).chain(&self.destination) {
+            host.end_all();
         }
         for child in self.children.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             let mut child = child.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,7 +9,10 @@
 #![allow(clippy::missing_panics_doc, reason = "a test harness says by panicking what went wrong")]
 
 pub mod build;
+pub mod cgroup;
 pub mod compare;
+pub mod far;
+pub mod host;
 pub mod hosts;
 pub mod huge_pages;
 pub mod migration;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::build;
+use crate::far::Far;
 use crate::hosts::{Hosts, SharedChild, Side};
 use crate::process::Moved;
 use crate::wait::{self, LIMIT};
@@ -33,6 +34,7 @@ pub struct Migration {
     events: Arc<Mutex<Vec<Value>>>,
     reader: std::thread::JoinHandle<()>,
     log: PathBuf,
+    far: Option<Far>,
 }
 
 impl Migration {
@@ -53,6 +55,8 @@ impl Migration {
             .arg(hosts.run_dir(Side::Source))
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
+        let more = std::env::var("SLIPSTREAM_TEST_MIGRATE_ARGUMENTS").unwrap_or_default();
+        command.args(more.split_whitespace());
         adjust(&mut command);
         let child = hosts.spawn(&mut command, &log);
         let stdout = child
@@ -70,7 +74,7 @@ impl Migration {
                 sink.lock().unwrap_or_else(PoisonError::into_inner).push(event);
             }
         });
-        Self { child, events, reader, log }
+        Self { child, events, reader, log, far: hosts.host(Side::Destination).far().cloned() }
     }
 
     fn find(&self, event: &str) -> Option<Value> {
@@ -105,7 +109,7 @@ impl Migration {
 
     /// Waits until the process runs at the destination.
     pub fn wait_resumed(&self) -> Moved {
-        moved(&self.wait_event("resumed"))
+        moved(&self.wait_event("resumed"), self.far.as_ref())
     }
 
     /// Sends `slipstream migrate` a signal.
@@ -136,15 +140,15 @@ impl Migration {
         let events =
             std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner));
         let errors = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let outcome = Outcome { code: status.code(), events, errors };
+        let outcome = Outcome { code: status.code(), events, errors, far: self.far };
         outcome.check_form();
         outcome
     }
 }
 
-fn moved(resumed: &Value) -> Moved {
+fn moved(resumed: &Value, far: Option<&Far>) -> Moved {
     let pid = resumed["dest_pid"].as_i64().unwrap_or_else(|| panic!("no dest_pid in {resumed}"));
-    Moved::new(pid as i32)
+    Moved::new(pid as i32, far)
 }
 
 /// How a migration ended.
@@ -156,6 +160,7 @@ pub struct Outcome {
     pub events: Vec<Value>,
     /// What it said on standard error.
     pub errors: String,
+    far: Option<Far>,
 }
 
 impl Outcome {
@@ -177,7 +182,7 @@ impl Outcome {
         for name in ["frozen", "committed", "resumed", "completed"] {
             assert!(self.event(name).is_some(), "no event {name}: {self:#?}");
         }
-        moved(self.event("resumed").expect("just seen"))
+        moved(self.event("resumed").expect("just seen"), self.far.as_ref())
     }
 
     /// Panics unless it was refused with one line for each reason, every word of `words` in them.

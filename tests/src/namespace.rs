@@ -7,8 +7,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::process::Pidfd;
+use crate::program::close_descriptors;
 
 /// A network namespace with one address others reach it at.
 pub struct Namespace {
@@ -62,11 +66,7 @@ impl Namespace {
             command.pre_exec(move || {
                 let fd = std::os::fd::BorrowedFd::borrow_raw(fd);
                 setns(fd, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-                // Whoever runs the tests may have left descriptors open; a pipe to the outside is refused.
-                let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
-                nix::errno::Errno::result(libc::close_range(3, u32::MAX, flags))
-                    .map(drop)
-                    .map_err(io::Error::from)
+                close_descriptors()
             });
         }
         command
@@ -105,6 +105,21 @@ impl Namespace {
                     .is_ok_and(|ns| ns.ino() == self.inode)
             })
             .collect()
+    }
+
+    /// Ends every process on this host: nobody else's is in the namespace.
+    pub fn end_all(&self) {
+        for _ in 0..1000 {
+            let processes: Vec<_> = self.pids().into_iter().filter_map(Pidfd::open).collect();
+            // Asked again now that each is held: a number may have passed to a stranger in between.
+            let ours = self.pids();
+            let alive =
+                processes.iter().filter(|process| ours.contains(&process.pid) && !process.ended());
+            if alive.map(|process| process.signal(libc::SIGKILL)).count() == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Pulls the cable to the other host, or plugs it in again.

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use crate::far::{Far, Held};
 use crate::wait;
 
 /// A file of `/proc/PID`, lossily; empty if the process is gone or the file can't be read.
@@ -98,29 +99,44 @@ impl Pidfd {
     }
 }
 
-/// A process that was moved here, as this host sees it.
+enum Hold {
+    Here(Pidfd),
+    Far(Held),
+}
+
+/// A process at its new place.
 pub struct Moved {
-    process: Option<Pidfd>,
-    /// Its PID on this host.
+    process: Option<Hold>,
+    /// Its PID as the host sees it.
     pub pid: i32,
 }
 
 impl Moved {
     /// A process known by the `dest_pid` of the `resumed` event. It may have ended already.
-    pub fn new(pid: i32) -> Self {
-        Self { process: Pidfd::open(pid), pid }
+    pub fn new(pid: i32, far: Option<&Far>) -> Self {
+        let process = match far {
+            Some(far) => far.hold(pid).map(Hold::Far),
+            None => Pidfd::open(pid).map(Hold::Here),
+        };
+        Self { process, pid }
     }
 
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) {
-        if let Some(process) = &self.process {
-            process.signal(signal);
+        match &self.process {
+            Some(Hold::Here(process)) => process.signal(signal),
+            Some(Hold::Far(process)) => process.signal(signal),
+            None => {}
         }
     }
 
     /// Whether it has ended.
     pub fn ended(&self) -> bool {
-        self.process.as_ref().is_none_or(Pidfd::ended)
+        match &self.process {
+            Some(Hold::Here(process)) => process.ended(),
+            Some(Hold::Far(process)) => process.ended(),
+            None => true,
+        }
     }
 
     /// Waits until it has ended.

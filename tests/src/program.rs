@@ -2,12 +2,15 @@
 
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::PoisonError;
 use std::time::Duration;
+
+use nix::errno::Errno;
 
 use crate::build::Build;
 use crate::hosts::{Hosts, SharedChild, Side};
@@ -24,6 +27,24 @@ pub enum Verdict {
     Fail(String),
     /// It has not said yet.
     None,
+}
+
+/// For a child between fork and exec: whoever runs the tests may have left descriptors open; a pipe to the outside is refused.
+pub(crate) fn close_descriptors() -> io::Result<()> {
+    let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+    // SAFETY: a plain system call with integer arguments; descriptors are only marked, none is closed before the exec.
+    Errno::result(unsafe { libc::close_range(3, u32::MAX, flags) }).map(drop).map_err(Into::into)
+}
+
+/// Lets a command enter the control group of an [entrance](crate::cgroup::Cgroup::entrance) before it runs.
+pub fn enter(command: &mut Command, entrance: File) {
+    // SAFETY: write and close_range are plain system calls, safe between fork and exec; the closure owns the open file.
+    unsafe {
+        command.pre_exec(move || {
+            (&entrance).write_all(b"0")?;
+            close_descriptors()
+        });
+    }
 }
 
 /// A program started on the source, its output on a file.

@@ -6,6 +6,7 @@
 //! another root directory, that is the path below our root.
 
 mod clock;
+mod eventfd;
 mod kinds;
 mod memfd;
 mod paths;

@@ -13,8 +13,10 @@ pub struct FdInfo {
     pub flags: u32,
     /// Locks and leases taken through this description, as `/proc/locks` shows them.
     pub locks: Vec<String>,
-    /// eventfd: its state. Kernels before 6.5 don't tell semaphores; they count as plain.
+    /// eventfd: its state.
     pub eventfd: Option<EventFd>,
+    /// eventfd: the kernel said whether it is a semaphore (since 6.5); else it counts as plain.
+    pub semaphore_told: bool,
     /// timerfd: its state.
     pub timer: Option<TimerInfo>,
     /// signalfd: its mask.
@@ -70,6 +72,7 @@ fn take(info: &mut FdInfo, line: &[u8]) -> Option<()> {
         b"eventfd-count" => info.eventfd.get_or_insert_default().count = hex(value)?.0,
         b"eventfd-semaphore" => {
             info.eventfd.get_or_insert_default().semaphore = decimal(value)?.0 != 0;
+            info.semaphore_told = true;
         }
         b"clockid" => timer(info).clock = i32::try_from(decimal(value)?.0).ok()?,
         // Inotify and others have fields of these names too, but never both sorts in one file.

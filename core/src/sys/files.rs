@@ -1,4 +1,4 @@
-//! Descriptors of other processes: `pidfd_getfd`, `kcmp`, `tee` and the `fcntl`s that libraries lack.
+//! Descriptors of other processes: `pidfd_getfd`, `kcmp`, `tee`, counters, and the `fcntl`s that libraries lack.
 
 use libc::{c_int, c_long};
 use nix::errno::Errno;
@@ -82,6 +82,23 @@ pub fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> nix::Result<
     // SAFETY: integers only.
     let ret = unsafe { libc::tee(from.as_raw_fd(), to.as_raw_fd(), len, libc::SPLICE_F_NONBLOCK) };
     Errno::result(ret).map(|n| n as usize)
+}
+
+/// Reads an eventfd, without waiting (since Linux 5.8) however it was opened.
+pub fn read_counter(fd: BorrowedFd<'_>) -> nix::Result<u64> {
+    let mut value = 0u64;
+    let part = libc::iovec { iov_base: (&raw mut value).cast(), iov_len: size_of::<u64>() };
+    // SAFETY: one part that describes `value`; an offset of -1 means that of the file, which has none.
+    let ret = unsafe { libc::preadv2(fd.as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
+    match Errno::result(ret)? {
+        8 => Ok(value),
+        _ => Err(Errno::EIO),
+    }
+}
+
+/// Adds to an eventfd.
+pub fn write_counter(fd: BorrowedFd<'_>, value: u64) -> nix::Result<()> {
+    nix::unistd::write(fd, &value.to_ne_bytes()).map(drop)
 }
 
 /// Sets the capacity of a pipe in bytes.

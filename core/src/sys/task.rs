@@ -156,6 +156,14 @@ pub fn prefer_this_thread() {
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attr, 0) };
 }
 
+/// Waits until every processor, virtual ones too, has run something else than what it was in the middle of in the kernel, or has taken an
+/// interrupt there: a grace period of RCU. Some hundredths of a second; nothing where the kernel lacks the call.
+pub fn every_processor_got_ahead() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: integers only.
+    unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

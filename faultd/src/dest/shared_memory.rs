@@ -8,6 +8,7 @@
 //! length of zero, which makes a second mapping): the maps tell.
 
 use slipstream_core::proc::maps;
+use slipstream_core::sys::task;
 use std::collections::HashMap;
 use std::fs;
 use std::ops::Range;
@@ -20,9 +21,10 @@ const MADV_REMOVE: u64 = 9;
 /// Part of the name of what a thread is in, in the kernel, while it waits for an event to be read.
 const WAITING_FOR_READER: &str = "userfaultfd";
 /// For a thread that was woken to look and go back to sleep; it may have to wait for a processor.
-const SETTLE_MAX: Duration = Duration::from_secs(1);
-/// Times that a thread must be seen on a processor to be taken for one that computes. Each look takes
-/// several microseconds; going back to sleep takes one.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
+/// Times that a thread must be seen on a processor to be taken for one that computes, before and again after every
+/// processor has got ahead ([`task::every_processor_got_ahead`]). Each look takes several microseconds; going back to sleep
+/// takes one, but a virtual processor may be off its own meanwhile.
 const ON_PROCESSOR_SEEN: u32 = 8;
 /// For a thread that waits for a processor.
 const SETTLE_PAUSE: Duration = Duration::from_micros(20);
@@ -73,6 +75,7 @@ impl Sleepers {
 fn look(task: &Path, before: Option<&Sleeper>, settle: bool) -> Option<Sleeper> {
     let began = Instant::now();
     let mut on_processor_seen = 0;
+    let mut got_ahead = false;
     loop {
         // Read first: if it runs in between, the next look sees that it did.
         let runs = runs(task);
@@ -94,6 +97,10 @@ fn look(task: &Path, before: Option<&Sleeper>, settle: bool) -> Option<Sleeper> 
             stack if stack.contains(WAITING_FOR_READER) => std::thread::sleep(SETTLE_PAUSE),
             stack if stack.is_empty() && on_processor_seen < ON_PROCESSOR_SEEN => {
                 on_processor_seen += 1;
+            }
+            stack if stack.is_empty() && !got_ahead => {
+                task::every_processor_got_ahead();
+                (got_ahead, on_processor_seen) = (true, 0);
             }
             _ => return None,
         }

@@ -1,6 +1,6 @@
 //! What an open file is, decided by its link and type; what can't be moved is named here.
 
-use super::{Capture, Open, clock, pipes};
+use super::{Capture, Open, clock, eventfd, pipes};
 use crate::error::Error;
 use crate::manifest::{Epoll, EpollWatch, FileKind, TimerFd};
 use crate::preflight::Blocker;
@@ -80,7 +80,7 @@ impl Capture<'_> {
         let info = &one.info;
         let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
         match name {
-            b"[eventfd]" => info.eventfd.clone().map(FileKind::EventFd).ok_or_else(silent),
+            b"[eventfd]" => self.event(one),
             b"[timerfd]" => self.timer(one),
             b"[signalfd]" => info.sigmask.map(FileKind::SignalFd).ok_or_else(silent),
             b"[eventpoll]" => self.epoll(one).map(FileKind::Epoll),
@@ -91,6 +91,19 @@ impl Capture<'_> {
                 Err(one.blocker(what.map_or(other.as_str(), |(_, what)| *what), CLOSE))
             }
         }
+    }
+
+    fn event(&self, one: &Open) -> Result<FileKind, Blocker> {
+        let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
+        let mut event = one.info.eventfd.clone().ok_or_else(silent)?;
+        // Asking changes it for a moment: not while the process runs.
+        if !one.info.semaphore_told && self.options.content.is_some() {
+            let dup = self.duplicate(one)?;
+            event.semaphore = eventfd::is_semaphore(dup.as_fd(), event.count).map_err(|e| {
+                Blocker::unknown(one.name(), &Error::sys("ask whether it is a semaphore", e))
+            })?;
+        }
+        Ok(FileKind::EventFd(event))
     }
 
     fn timer(&self, one: &Open) -> Result<FileKind, Blocker> {
