@@ -5,7 +5,7 @@
 //! handshake itself; a connection with a session's route is handed to that session. So whatever a
 //! peer sends, the agent and the other sessions live.
 
-use crate::dest::take_over;
+use crate::dest::{lost, take_over};
 use crate::error::{Error, Result};
 use crate::rundir;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -41,6 +41,9 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// This program, to start sessions from.
     pub exe: PathBuf,
+    /// How long a process here waits for a source that does not come back; for ever by default, for a
+    /// network may be out for hours.
+    pub source_lost: Option<Duration>,
 }
 
 /// A session's end of the socket through which it gets its lanes.
@@ -70,6 +73,9 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     take_over::clean_up(&config.run_dir);
     rundir::prune(&config.run_dir);
     start_reaper(Arc::clone(&sessions), config.run_dir.clone());
+    if let Some(limit) = config.source_lost {
+        lost::start_watch(config.run_dir.clone(), limit);
+    }
     let undecided = Arc::new(Undecided::default());
     loop {
         let stream = match listener.accept() {

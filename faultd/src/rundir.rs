@@ -162,6 +162,8 @@ const LOCK: &str = "lock";
 pub const ROUTE: &str = "route";
 /// File that names init of the moved process: its number, start time and the host's boot.
 pub const INIT: &str = "init";
+/// File that says why the process was ended before its last page had come.
+pub const LOST: &str = "lost";
 /// File with the figures of a drain that is over.
 pub const COMPLETED: &str = "completed";
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
@@ -240,6 +242,11 @@ pub fn completed(run_dir: &Path, id: &str) -> Option<Vec<u8>> {
     fs::read(destination_file(run_dir, id, COMPLETED)).ok()
 }
 
+/// Why a process that came here was ended before its last page.
+pub fn lost(run_dir: &Path, id: &str) -> Option<String> {
+    fs::read_to_string(destination_file(run_dir, id, LOST)).ok()
+}
+
 /// The migrations that came here.
 pub fn destinations(run_dir: &Path) -> Vec<String> {
     let Ok(dir) = fs::read_dir(run_dir) else { return Vec::new() };
@@ -311,6 +318,11 @@ fn read_status(dir: &Path) -> Option<Status> {
         status.phase = "exited".into();
         status.pid = None;
         how.trim().clone_into(&mut status.detail);
+    }
+    if let Ok(why) = fs::read_to_string(dir.join(LOST)) {
+        status.phase = "lost".into();
+        status.pid = None;
+        why.trim().clone_into(&mut status.detail);
     }
     Some(status)
 }

@@ -9,6 +9,7 @@
 #![allow(clippy::missing_panics_doc, reason = "a test harness says by panicking what went wrong")]
 
 pub mod build;
+pub mod chaos;
 pub mod compare;
 pub mod hosts;
 pub mod huge_pages;

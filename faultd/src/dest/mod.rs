@@ -7,6 +7,7 @@ pub mod faults;
 pub mod finish;
 pub mod held;
 pub mod journal;
+pub mod lost;
 pub mod present;
 pub mod recover;
 pub mod session;

@@ -17,7 +17,8 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
     let started = Instant::now();
     let mut agent = None;
     if let Some((listen, key)) = rundir::dead_agent(run_dir)? {
-        let config = AgentConfig { listen, key, run_dir: run_dir.to_owned(), exe };
+        let run_dir = run_dir.to_owned();
+        let config = AgentConfig { listen, key, run_dir, exe, source_lost: None };
         agent = Some(std::thread::spawn(move || agent::run(&config, &mut |_| {})));
     }
     sink(Event::Progress(Progress {
@@ -40,6 +41,15 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
                 remedy: "look at its source: `slipstream status`".into(),
             });
         };
+        if let Some(reason) = rundir::lost(run_dir, id) {
+            sink(Event::Failed(events::Failed {
+                phase: "drain".into(),
+                reason,
+                remedy: String::new(),
+                outcome: events::Outcome::Lost,
+            }));
+            return Err(Error::Lost);
+        }
         let over = rundir::completed(run_dir, id);
         if over.is_some() || status.phase == "exited" {
             let exited = status.phase == "exited";
