@@ -8,6 +8,7 @@
 use crate::dest::{lost, take_over};
 use crate::error::{Error, Result};
 use crate::rundir;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use slipstream_core::sys::spawn::{send_descriptors, spawn_with};
@@ -28,6 +29,8 @@ const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(5);
 const UNDECIDED_MAX: usize = 64;
 /// Sessions at a time, those in their handshake included.
 const SESSIONS_MAX: usize = 256;
+/// Open files without which no agent is started: what init keeps, and some for the agent.
+const FILES_MIN: u64 = 1024;
 const REAP_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How an agent is run.
@@ -58,6 +61,7 @@ struct Session {
 pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Result<()> {
     let key = Arc::new(Key::load(&config.key)?);
     rundir::ensure(&config.run_dir)?;
+    raise_file_limit()?;
     // Inits of moved processes become ours when their launcher ends, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)
         .map_err(|e| Error::io("become a subreaper", e.into()))?;
@@ -92,10 +96,30 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
         let (config, key) = (config.clone(), Arc::clone(&key));
         std::thread::spawn(move || {
             if let Err(e) = welcome(&stream, ticket, &undecided, &sessions, &config, &key) {
-                tracing::debug!("connection closed: {e}");
+                // What strangers send is no news; what this host lacks is.
+                if matches!(e, Error::Transport(_) | Error::Protocol(_)) {
+                    tracing::debug!("connection closed: {e}");
+                } else {
+                    tracing::warn!("connection closed: {e}");
+                }
             }
         });
     }
+}
+
+/// As many open files as this host lets us: sessions inherit that, and init of a moved process needs
+/// numbers up to a fixed one.
+fn raise_file_limit() -> Result<()> {
+    let limits = getrlimit(Resource::RLIMIT_NOFILE);
+    let (soft, hard) = limits.map_err(|e| Error::io("read the limit of open files", e.into()))?;
+    let wanted = hard.max(FILES_MIN);
+    if soft >= wanted {
+        return Ok(());
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).map_err(|e| Error::Refused {
+        reason: format!("no more than {hard} files may be open, {FILES_MIN} are needed ({e})"),
+        remedy: "start the agent with a higher limit (ulimit -Hn, LimitNOFILE=)".into(),
+    })
 }
 
 /// Connections whose preamble is still awaited. When there are too many, the oldest has to go: a peer

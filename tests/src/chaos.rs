@@ -56,9 +56,9 @@ pub enum Victim {
     Agent,
     /// `slipstream migrate` or `recover` itself.
     Display,
-    /// The source session.
+    /// The source session, on whichever host it is.
     Source,
-    /// The destination session.
+    /// The destination session, likewise.
     Destination,
     /// All of these.
     All,
@@ -102,7 +102,7 @@ impl Plan {
     pub fn draw(random: &mut Random) -> Self {
         let after_resume = random.below(2) == 0;
         let mut acts = Vec::new();
-        for _ in 0..random.below(4) {
+        for _ in 0..random.below(4).max(random.below(3)) {
             let at = random.below(if after_resume { 500 } else { 900 });
             let side = random.one_of(&Side::BOTH);
             let victim = random.one_of(&VICTIMS);
@@ -213,8 +213,12 @@ impl<'a> Arena<'a> {
             };
             victim == Victim::All || victim == sort
         };
-        let pids = self.hosts.host(side).pids().into_iter();
-        pids.filter(wanted).filter_map(Pidfd::open).collect()
+        // Sessions are hit wherever they are; what is on both hosts, on the one that was drawn.
+        let pids = match victim {
+            Victim::Source | Victim::Destination => self.hosts.pids(),
+            _ => self.hosts.host(side).pids(),
+        };
+        pids.into_iter().filter(wanted).filter_map(Pidfd::open).collect()
     }
 
     /// What an administrator does, or time.
