@@ -71,7 +71,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Go on with a committed migration that waits
     Recover(RecoverArgs),
-    /// Give up a migration before its commit: the process runs on at the source
+    /// Give up a migration before its commit; at the destination also a process that waits for its source
     Abort(AbortArgs),
     /// Write a new key to a file that only its owner can read
     Keygen(KeygenArgs),
@@ -128,6 +128,21 @@ pub struct AgentArgs {
     /// What carries the pages
     #[command(flatten)]
     pub carrier: CarrierArgs,
+    /// What becomes of processes here whose source does not come back: they wait, or end after a time
+    #[arg(long, value_name = "wait|end", value_enum, default_value_t = SourceLost::Wait)]
+    pub source_lost: SourceLost,
+    /// With --source-lost end: seconds without the source after which a process is ended
+    #[arg(long, value_name = "SECS", default_value = "3600", value_parser = seconds)]
+    pub source_lost_after: Duration,
+}
+
+/// What becomes of a process whose source does not come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SourceLost {
+    /// It waits: a network may be out for hours
+    Wait,
+    /// It is ended, with a note that says why
+    End,
 }
 
 /// Arguments of `migrate`.

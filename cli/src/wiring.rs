@@ -1,7 +1,7 @@
 //! The engine of this program: the commands wired to `slipstream-faultd`.
 
 use crate::engine::{Control, Engine, Findings, MigrateRequest, Migration, Result, Session};
-use crate::flags::{AgentArgs, CarrierArgs, CheckArgs, Destination, Stdio, Transport};
+use crate::flags::{AgentArgs, CarrierArgs, CheckArgs, Destination, SourceLost, Stdio, Transport};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use slipstream_core::capture::files::StdioPolicy;
@@ -9,7 +9,8 @@ use slipstream_core::preflight::host::check_host;
 use slipstream_core::restore::newborn::{InitConfig, init_main};
 use slipstream_faultd::agent::{self, AgentConfig, SessionArgs};
 use slipstream_faultd::carrier::{Carrier, Wish};
-use slipstream_faultd::dest::{session as destination_session, take_over};
+use slipstream_faultd::dest::session as destination_session;
+use slipstream_faultd::dest::take_over::{self, Aborted};
 use slipstream_faultd::events::{Event, Failed, HostFact, Outcome, Role, Status};
 use slipstream_faultd::source::arguments;
 use slipstream_faultd::source::events_out::EventsOut;
@@ -52,6 +53,7 @@ impl Engine for Wired {
             run_dir: absolute(&args.run_dir)?,
             carrier: carrier(&args.carrier),
             exe: PathBuf::from(SELF),
+            source_lost: (args.source_lost == SourceLost::End).then_some(args.source_lost_after),
         };
         agent::run(&config, listening).map_err(|e| refused("agent", &e))
     }
@@ -111,10 +113,14 @@ impl Engine for Wired {
             if !rundir::is_id(id) || !rundir::destinations(run_dir).iter().any(|d| d == id) {
                 return Err(unknown("abort", id));
             }
-            return if take_over::abort(run_dir, id).map_err(|e| refused("abort", &e))? {
-                Ok(format!("migration {id} was given up: its process never runs here"))
-            } else {
-                Err(too_late(id))
+            return match take_over::abort(run_dir, id).map_err(|e| refused("abort", &e))? {
+                Aborted::BeforeCommit => {
+                    Ok(format!("migration {id} was given up: its process never runs here"))
+                }
+                Aborted::Ended => Ok(format!(
+                    "the process of migration {id} waited for its source here, and was ended"
+                )),
+                Aborted::TooLate => Err(too_late_here(id)),
             };
         };
         if status.phase != "prepare" {
@@ -314,6 +320,14 @@ fn unknown(phase: &str, id: &str) -> Failed {
         reason: format!("no migration {id} on this host"),
         remedy: "`slipstream status` lists them; name another run directory with --run-dir".into(),
         outcome: Outcome::Refused,
+    }
+}
+
+fn too_late_here(id: &str) -> Failed {
+    Failed {
+        reason: format!("migration {id} has committed: its process runs here"),
+        remedy: "move it back, or end it like any other process".into(),
+        ..too_late(id)
     }
 }
 

@@ -6,9 +6,10 @@
 //! peer sends, the agent and the other sessions live.
 
 use crate::carrier::{self, Carrier};
-use crate::dest::take_over;
+use crate::dest::{lost, take_over};
 use crate::error::{Error, Result};
 use crate::rundir;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use slipstream_core::sys::spawn::{send_descriptors, spawn_with};
@@ -29,6 +30,8 @@ const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(5);
 const UNDECIDED_MAX: usize = 64;
 /// Sessions at a time, those in their handshake included.
 const SESSIONS_MAX: usize = 256;
+/// Open files without which no agent is started: what init keeps, and some for the agent.
+const FILES_MIN: u64 = 1024;
 const REAP_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How an agent is run.
@@ -44,6 +47,9 @@ pub struct AgentConfig {
     pub carrier: Carrier,
     /// This program, to start sessions from.
     pub exe: PathBuf,
+    /// How long a process here waits for a source that does not come back; for ever by default, for a
+    /// network may be out for hours.
+    pub source_lost: Option<Duration>,
 }
 
 /// A session's end of the socket through which it gets its lanes.
@@ -58,6 +64,7 @@ struct Session {
 pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Result<()> {
     let key = Arc::new(Key::load(&config.key)?);
     rundir::ensure(&config.run_dir)?;
+    raise_file_limit()?;
     // Inits of moved processes become ours when their launcher ends, and are reaped here.
     nix::sys::prctl::set_child_subreaper(true)
         .map_err(|e| Error::io("become a subreaper", e.into()))?;
@@ -73,6 +80,9 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     take_over::clean_up(&config.run_dir);
     rundir::prune(&config.run_dir);
     start_reaper(Arc::clone(&sessions), config.run_dir.clone());
+    if let Some(limit) = config.source_lost {
+        lost::start_watch(config.run_dir.clone(), limit);
+    }
     let undecided = Arc::new(Undecided::default());
     loop {
         let stream = match listener.accept() {
@@ -89,10 +99,30 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
         let (config, key) = (config.clone(), Arc::clone(&key));
         std::thread::spawn(move || {
             if let Err(e) = welcome(&stream, ticket, &undecided, &sessions, &config, &key) {
-                tracing::debug!("connection closed: {e}");
+                // What strangers send is no news; what this host lacks is.
+                if matches!(e, Error::Transport(_) | Error::Protocol(_)) {
+                    tracing::debug!("connection closed: {e}");
+                } else {
+                    tracing::warn!("connection closed: {e}");
+                }
             }
         });
     }
+}
+
+/// As many open files as this host lets us: sessions inherit that, and init of a moved process needs
+/// numbers up to a fixed one.
+fn raise_file_limit() -> Result<()> {
+    let limits = getrlimit(Resource::RLIMIT_NOFILE);
+    let (soft, hard) = limits.map_err(|e| Error::io("read the limit of open files", e.into()))?;
+    let wanted = hard.max(FILES_MIN);
+    if soft >= wanted {
+        return Ok(());
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).map_err(|e| Error::Refused {
+        reason: format!("no more than {hard} files may be open, {FILES_MIN} are needed ({e})"),
+        remedy: "start the agent with a higher limit (ulimit -Hn, LimitNOFILE=)".into(),
+    })
 }
 
 /// Connections whose preamble is still awaited. When there are too many, the oldest has to go: a peer

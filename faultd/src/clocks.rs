@@ -92,6 +92,33 @@ mod tests {
         ClockReading { monotonic_ns: ns, boottime_ns: ns + 5 }
     }
 
+    /// The time of day may jump: it goes into what people read, and into nothing that is waited for.
+    #[test]
+    fn nothing_is_timed_by_the_time_of_day() {
+        let shown_only = ["faultd/src/source/afterwards.rs", "faultd/src/dest/course.rs"];
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let mut folders: Vec<_> =
+            ["cli/src", "faultd/src", "transport/src", "core/src"].map(|f| root.join(f)).into();
+        let mut found = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap().map(std::result::Result::unwrap) {
+                let path = entry.path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|e| e == "rs") {
+                    let text = std::fs::read_to_string(&path).unwrap();
+                    // What is tested may set clocks.
+                    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+                    if code.contains("SystemTime::now") || code.contains("CLOCK_REALTIME)") {
+                        found.push(path.strip_prefix(root).unwrap().display().to_string());
+                    }
+                }
+            }
+        }
+        found.sort();
+        assert!(found.iter().all(|f| shown_only.contains(&f.as_str())), "{found:?}");
+    }
+
     #[test]
     fn the_shortest_exchange_counts() {
         let exchanges = [

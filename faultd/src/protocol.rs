@@ -156,6 +156,9 @@ pub struct Rejoin {
     /// Bulk lanes it will open.
     #[prost(uint32, tag = "2")]
     pub bulk_lanes: u32,
+    /// The source copy has been destroyed: no page will come any more.
+    #[prost(bool, tag = "3")]
+    pub gone: bool,
 }
 
 /// What was decided about a migration.
@@ -170,6 +173,9 @@ pub struct Outcome {
     /// Nothing is missing any more: no lanes are wanted.
     #[prost(message, optional, tag = "3")]
     pub completed: Option<Completed>,
+    /// Why the process was ended here before its last page; empty when it was not.
+    #[prost(string, tag = "4")]
+    pub lost: String,
 }
 
 /// Nothing to say.

@@ -4,6 +4,7 @@
 //! status`), the gate (destination), the journal of the commit and the parked registers (source), and
 //! how the process ended.
 
+use crate::clocks;
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
 use nix::errno::Errno;
@@ -77,7 +78,7 @@ impl MigrationDir {
         let lock = take_lock(&path.join(LOCK), Duration::ZERO);
         let lock = lock.inspect_err(|_| drop(fs::remove_dir_all(&path)))?;
         let dir = Self { path, _lock: lock };
-        match dir.note_session() {
+        match dir.note_session().and_then(|()| dir.note_birth()) {
             Ok(()) => Ok(dir),
             Err(e) => {
                 dir.remove();
@@ -141,9 +142,18 @@ impl MigrationDir {
         self.write("status.json", &json)
     }
 
-    /// Time since the folder was made.
+    /// Time since the folder was made, as long as the host has not started anew since: a clock that is
+    /// set must not make it old.
     pub fn age(&self) -> Option<Duration> {
-        fs::metadata(self.path.join(LOCK)).ok()?.modified().ok()?.elapsed().ok()
+        let born = String::from_utf8(self.read(BORN).ok()??).ok()?;
+        let (boot, at_ns) = born.split_once(' ')?;
+        let age_ns = clocks::host_clocks().ok()?.boottime_ns - at_ns.parse::<i64>().ok()?;
+        (boot == clocks::boot_id().ok()?).then(|| Duration::from_nanos(age_ns.max(0) as u64))
+    }
+
+    fn note_birth(&self) -> Result<()> {
+        let born = format!("{} {}", clocks::boot_id()?, clocks::host_clocks()?.boottime_ns);
+        self.write(BORN, born.as_bytes())
     }
 
     /// Removes the folder: the migration left nothing to tell.
@@ -154,6 +164,8 @@ impl MigrationDir {
     }
 }
 
+/// File with the boot, and the time since it, in which a folder was made.
+const BORN: &str = "born";
 /// File with the number of the session that works in a folder.
 const SESSION: &str = "session";
 /// File that the session in a folder holds a lock on: it goes with its last process.
@@ -162,6 +174,8 @@ const LOCK: &str = "lock";
 pub const ROUTE: &str = "route";
 /// File that names init of the moved process: its number, start time and the host's boot.
 pub const INIT: &str = "init";
+/// File that says why the process was ended before its last page had come.
+pub const LOST: &str = "lost";
 /// File with the figures of a drain that is over.
 pub const COMPLETED: &str = "completed";
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
@@ -240,6 +254,11 @@ pub fn completed(run_dir: &Path, id: &str) -> Option<Vec<u8>> {
     fs::read(destination_file(run_dir, id, COMPLETED)).ok()
 }
 
+/// Why a process that came here was ended before its last page.
+pub fn lost(run_dir: &Path, id: &str) -> Option<String> {
+    fs::read_to_string(destination_file(run_dir, id, LOST)).ok()
+}
+
 /// The migrations that came here.
 pub fn destinations(run_dir: &Path) -> Vec<String> {
     let Ok(dir) = fs::read_dir(run_dir) else { return Vec::new() };
@@ -312,6 +331,11 @@ fn read_status(dir: &Path) -> Option<Status> {
         status.pid = None;
         how.trim().clone_into(&mut status.detail);
     }
+    if let Ok(why) = fs::read_to_string(dir.join(LOST)) {
+        status.phase = "lost".into();
+        status.pid = None;
+        why.trim().clone_into(&mut status.detail);
+    }
     Some(status)
 }
 
@@ -359,6 +383,20 @@ mod tests {
     fn ids_are_names() {
         assert!(is_id(&new_id().unwrap()));
         assert!(!is_id("../../../etc"));
+    }
+
+    #[test]
+    fn a_folder_ages_by_the_time_since_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = MigrationDir::create(&dir.path().join("run"), Role::Source, "aaaaaaaaaaaa");
+        let made = made.unwrap();
+        assert!(made.age().unwrap() < Duration::from_secs(60));
+        // Whatever the file's date says after somebody has set the clock:
+        let born = fs::File::options().write(true).open(made.file(BORN)).unwrap();
+        born.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        assert!(made.age().unwrap() < Duration::from_secs(60));
+        made.write(BORN, b"another-boot 17").unwrap();
+        assert_eq!(made.age(), None);
     }
 
     #[test]

@@ -30,6 +30,9 @@ struct worker {
 static struct worker *workers[THREADS];
 static uint64_t seed, operations_max;
 static volatile bool stop;
+/* For programs that include this one. */
+static unsigned forks_per_mille = 3;
+static void (*before_ok)(void);
 
 static uint64_t next(struct worker *worker) { return mix(worker->seed + 0x1000003 * ++worker->random_state); }
 static uint64_t below(struct worker *worker, uint64_t bound) { return next(worker) % bound; }
@@ -173,7 +176,7 @@ static void step(struct worker *worker) {
         move(worker, area);
     else if (dice < 195)
         protect(area, (const int[]){PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_WRITE}[below(worker, 4)]);
-    else if (dice < 198)
+    else if (dice < 195 + forks_per_mille)
         fork_child(worker);
     else
         touch(worker, area);
@@ -220,6 +223,8 @@ int main(int argc, char **argv) {
     stop = operations_max == 0;
     for (unsigned at = 0; at < THREADS; at++)
         pthread_join(workers[at]->thread, NULL);
+    if (before_ok)
+        before_ok();
     say("%lu operations", workers[0]->operations + workers[1]->operations);
     say("OK");
     return 0;

@@ -28,6 +28,20 @@ pub enum Side {
     Destination,
 }
 
+impl Side {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Source, Self::Destination];
+
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
+}
+
 /// A child process that the hosts end, and others may ask about.
 pub type SharedChild = Arc<Mutex<Child>>;
 
@@ -143,24 +157,21 @@ impl Hosts {
     /// Starts an agent with more arguments or environment, and waits until it listens.
     pub fn agent_with(&self, adjust: impl FnOnce(&mut Command)) -> Agent {
         let address = self.host(Side::Destination).address;
-        self.start_agent(&format!("{address}:0"), adjust)
+        self.agent_on(Side::Destination, &format!("{address}:0"), adjust)
     }
 
     /// Starts an agent where an earlier one listened.
     pub fn agent_at(&self, address: SocketAddr) -> Agent {
-        self.start_agent(&address.to_string(), |_| {})
+        self.agent_on(Side::Destination, &address.to_string(), |_| {})
     }
 
-    fn start_agent(&self, listen: &str, adjust: impl FnOnce(&mut Command)) -> Agent {
-        let host = self.host(Side::Destination);
+    /// Starts an agent on either host: `listen` is an address and port.
+    pub fn agent_on(&self, side: Side, listen: &str, adjust: impl FnOnce(&mut Command)) -> Agent {
+        let host = self.host(side);
         let log = self.path().join(self.unique("agent") + ".log");
         let mut command = host.command(build::slipstream());
         command.args(["agent", "--listen", listen, "--key"]).arg(self.key());
-        command
-            .arg("--run-dir")
-            .arg(self.run_dir(Side::Destination))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
+        command.arg("--run-dir").arg(self.run_dir(side)).stdin(Stdio::null()).stdout(Stdio::null());
         adjust(&mut command);
         let child = self.spawn(&mut command, &log);
         let address = wait::until(
@@ -185,7 +196,12 @@ impl Hosts {
 
     /// Runs the binary on the source and returns what it printed.
     pub fn slipstream(&self, arguments: &[&str]) -> std::process::Output {
-        self.source
+        self.slipstream_on(Side::Source, arguments)
+    }
+
+    /// Runs the binary on either host and returns what it printed.
+    pub fn slipstream_on(&self, side: Side, arguments: &[&str]) -> std::process::Output {
+        self.host(side)
             .command(build::slipstream())
             .args(arguments)
             .stdin(Stdio::null())

@@ -10,6 +10,7 @@
 
 pub mod build;
 pub mod cgroup;
+pub mod chaos;
 pub mod compare;
 pub mod far;
 pub mod host;

@@ -26,6 +26,8 @@ pub mod code {
     pub const ROLLED_BACK: i32 = 4;
     /// Committed, waiting for recovery.
     pub const WAITING: i32 = 5;
+    /// Gone.
+    pub const LOST: i32 = 6;
 }
 
 /// A migration under way.
@@ -45,14 +47,25 @@ impl Migration {
         destination: &str,
         adjust: impl FnOnce(&mut Command),
     ) -> Self {
+        Self::start_on(hosts, Side::Source, pid, destination, adjust)
+    }
+
+    /// The same from either host.
+    pub fn start_on(
+        hosts: &Hosts,
+        side: Side,
+        pid: i32,
+        destination: &str,
+        adjust: impl FnOnce(&mut Command),
+    ) -> Self {
         let log = hosts.path().join(hosts.unique("migrate") + ".log");
-        let mut command = hosts.host(Side::Source).command(build::slipstream());
+        let mut command = hosts.host(side).command(build::slipstream());
         command
             .args(["migrate", &pid.to_string(), destination, "--json", "--key"])
             .arg(hosts.key());
         command
             .arg("--run-dir")
-            .arg(hosts.run_dir(Side::Source))
+            .arg(hosts.run_dir(side))
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
         let more = std::env::var("SLIPSTREAM_TEST_MIGRATE_ARGUMENTS").unwrap_or_default();
@@ -77,7 +90,14 @@ impl Migration {
         Self { child, events, reader, log, far: hosts.host(Side::Destination).far().cloned() }
     }
 
-    fn find(&self, event: &str) -> Option<Value> {
+    /// Whether `slipstream migrate` has ended.
+    pub fn ended(&self) -> bool {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child.try_wait().expect("waiting for migrate").is_some()
+    }
+
+    /// An event, if it has been told.
+    pub fn find(&self, event: &str) -> Option<Value> {
         let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         events.iter().find(|value| value["event"] == event).cloned()
     }

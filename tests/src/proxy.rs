@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::hosts::{Hosts, Side};
 
@@ -14,6 +15,8 @@ struct Shared {
     streams: Mutex<Vec<TcpStream>>,
     cut: AtomicBool,
     carried_bytes: AtomicU64,
+    /// Every piece waits so long.
+    delay_ms: AtomicU64,
     /// Cut by itself once so many bytes went by, both ways together.
     bytes_max: AtomicU64,
 }
@@ -28,7 +31,12 @@ pub struct Proxy {
 impl Proxy {
     /// A proxy for `target`.
     pub fn start(hosts: &Hosts, target: SocketAddr) -> Self {
-        let host = hosts.host(Side::Source);
+        Self::start_on(hosts, Side::Source, target)
+    }
+
+    /// A proxy on either host.
+    pub fn start_on(hosts: &Hosts, side: Side, target: SocketAddr) -> Self {
+        let host = hosts.host(side);
         let listener =
             host.enter(|| TcpListener::bind("127.0.0.1:0")).expect("listening on loopback");
         let address = listener.local_addr().expect("an address");
@@ -56,6 +64,11 @@ impl Proxy {
     pub fn mend(&self) {
         self.shared.bytes_max.store(u64::MAX, Ordering::SeqCst);
         self.shared.cut.store(false, Ordering::SeqCst);
+    }
+
+    /// Carries every piece (64 KiB at most) that much later.
+    pub fn set_delay(&self, delay: Duration) {
+        self.shared.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
     /// Cuts once `bytes` went by, counted over all connections and both directions.
@@ -112,6 +125,7 @@ fn pump(shared: &Shared, mut from: TcpStream, mut to: TcpStream, record_as: Opti
         if carried > shared.bytes_max.load(Ordering::SeqCst) {
             cut(shared);
         }
+        std::thread::sleep(Duration::from_millis(shared.delay_ms.load(Ordering::SeqCst)));
         if len == 0 || shared.cut.load(Ordering::SeqCst) {
             break;
         }

@@ -13,6 +13,7 @@ use crate::sys::pidfd::PidFd;
 use crate::sys::poll;
 use crate::sys::spawn::{recv_descriptors, send_descriptors};
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -133,6 +134,7 @@ impl Held {
         let (own, port) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(|e| Error::sys("make the keeper's socket", e))?;
+        make_room()?;
         place(port.as_fd(), PORT)?;
         place(own.as_fd(), OWN)?;
         place(process, SLOTS)?;
@@ -172,6 +174,21 @@ impl Held {
             }
         }
     }
+}
+
+/// Slots have numbers up to a fixed one: a limit below it would lose what is handed over, unnoticed.
+fn make_room() -> Result<()> {
+    let needed = SLOTS as u64 + u64::from(SLOTS_MAX);
+    let limits = getrlimit(Resource::RLIMIT_NOFILE);
+    let (soft, hard) = limits.map_err(|e| Error::sys("read the limit of open files", e))?;
+    if soft >= needed {
+        return Ok(());
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, needed, hard.max(needed)).map_err(|_| {
+        Error::Refused(format!(
+            "the agent may have {hard} files open, {needed} are needed: raise its limit (ulimit -n, LimitNOFILE)"
+        ))
+    })
 }
 
 fn place(fd: BorrowedFd<'_>, number: RawFd) -> Result<()> {

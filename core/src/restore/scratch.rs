@@ -56,7 +56,9 @@ impl Gate {
         let file =
             OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|e| Error::io(format!("create {}", path.display()), e))?;
-        file.set_len(PAGE).map_err(|e| Error::io(format!("size {}", path.display()), e))?;
+        // Its block is there from now on: a store into a hole of a full disk is SIGBUS.
+        nix::fcntl::posix_fallocate(&file, 0, PAGE as libc::off_t)
+            .map_err(|e| Error::io(format!("size {}", path.display()), e.into()))?;
         Ok(Self { shared: Shared::map(&file, PAGE as usize)?, file })
     }
 

@@ -109,8 +109,16 @@ impl Course<'_> {
         let completed = Completed { figures, drain_us, exited, rdma_bytes, fault_parts };
         failpoints::reached("destination-finished");
         // Noted before anything that could take the drain up is let go.
-        self.dir.write(rundir::COMPLETED, &completed.encode_to_vec())?;
+        let noted = self.dir.write(rundir::COMPLETED, &completed.encode_to_vec());
         failpoints::reached("destination-noted");
+        if let Err(e) = noted {
+            // A full disk. Then the source has to know instead; if it doesn't hear, it will ask again.
+            tracing::warn!("{e}");
+            say_to_source(link.sender, DestinationMessage::Completed(completed))?;
+            hear_source(link.receiver, Some(BYE_TIMEOUT))?;
+            self.drain.release();
+            return Ok(());
+        }
         self.drain.release();
         self.tell("completed", "");
         goodbye(link, completed)

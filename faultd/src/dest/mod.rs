@@ -8,6 +8,7 @@ pub mod faults;
 pub mod finish;
 pub mod held;
 pub mod journal;
+pub mod lost;
 pub mod present;
 pub mod rdma;
 pub mod recover;

@@ -19,7 +19,7 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
     let mut agent = None;
     if let Some((listen, key)) = rundir::dead_agent(run_dir)? {
         let (run_dir, carrier) = (run_dir.to_owned(), Carrier::default());
-        let config = AgentConfig { listen, key, run_dir, carrier, exe };
+        let config = AgentConfig { listen, key, run_dir, carrier, exe, source_lost: None };
         agent = Some(std::thread::spawn(move || agent::run(&config, &mut |_| {})));
     }
     sink(Event::Progress(Progress {
@@ -42,24 +42,22 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
                 remedy: "look at its source: `slipstream status`".into(),
             });
         };
+        if let Some(reason) = rundir::lost(run_dir, id) {
+            sink(Event::Failed(events::Failed {
+                phase: "drain".into(),
+                reason,
+                remedy: String::new(),
+                outcome: events::Outcome::Lost,
+            }));
+            return Err(Error::Lost);
+        }
         let over = rundir::completed(run_dir, id);
         if over.is_some() || status.phase == "exited" {
             let exited = status.phase == "exited";
             let done = over.and_then(|bytes| Completed::decode(&*bytes).ok()).unwrap_or_default();
-            sink(Event::Completed(events::Completed {
-                figures: crate::source::figures::figures(
-                    &done.figures,
-                    &crate::protocol::Figures::default(),
-                    done.drain_us,
-                ),
-                total_us: started.elapsed().as_micros() as u64,
-                drain_us: done.drain_us,
-                transport: if done.rdma_bytes > 0 { "rdma" } else { "tcp" }.into(),
-                why_tcp: String::new(),
-                rdma_bytes: done.rdma_bytes,
-                fault_parts: crate::source::figures::fault_parts(done.fault_parts),
-                exited,
-            }));
+            let total_us = started.elapsed().as_micros() as u64;
+            let told = crate::source::figures::completed(&done, total_us, String::new());
+            sink(Event::Completed(events::Completed { exited, ..told }));
             return Ok(());
         }
         std::thread::sleep(LOOK_INTERVAL);

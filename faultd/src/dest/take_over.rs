@@ -9,6 +9,7 @@ use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link, goodbye};
 use crate::dest::drain::Drain;
 use crate::dest::held::Holdings;
+use crate::dest::lost;
 use crate::dest::rdma::{Choice, PageLanes};
 use crate::dest::session::Lanes;
 use crate::error::{Error, Result};
@@ -37,11 +38,30 @@ pub fn wish(call: Call) -> u32 {
     if wishes_run(call) { gate::RUN } else { gate::NEVER }
 }
 
-/// A user gives a migration up that is coming here. True when its copy here never runs; false when it
-/// runs already.
-pub fn abort(run_dir: &Path, id: &str) -> Result<bool> {
+/// What giving a migration up has led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aborted {
+    /// The process never runs here; it goes on at its source.
+    BeforeCommit,
+    /// The process, which waited for its pages here, was ended.
+    Ended,
+    /// It runs here, and its pages are here or on their way: nothing was done.
+    TooLate,
+}
+
+/// A user gives a migration up that is coming here, or that has come and waits for its source.
+pub fn abort(run_dir: &Path, id: &str) -> Result<Aborted> {
     let gate = Gate::open(&rundir::destination_file(run_dir, id, "gate"))?;
-    Ok(gate.decide(wish(Call::GiveUp)) == gate::NEVER)
+    if gate.decide(wish(Call::GiveUp)) == gate::NEVER {
+        return Ok(Aborted::BeforeCommit);
+    }
+    Ok(match lost::waiting(run_dir, id) {
+        Some(dir) => {
+            lost::end(&dir, "given up here (`slipstream abort`) before its last page had come");
+            Aborted::Ended
+        }
+        None => Aborted::TooLate,
+    })
 }
 
 /// Takes the migration `id` up for a source that has come back on this control connection.
@@ -68,7 +88,7 @@ pub fn run(
         if let Some(init) = init {
             PidFd::open(init)?.kill(libc::SIGKILL)?;
         }
-        let never = Outcome { run: false, host_pid: 0, completed: None };
+        let never = Outcome { run: false, ..Outcome::default() };
         say_to_source(sender, DestinationMessage::Outcome(never))?;
         // Until the source knows, the folder is the record of the decision.
         if let Ok(SourceMessage::Bye(_)) = hear_source(receiver, Some(STEP_TIMEOUT)) {
@@ -77,6 +97,13 @@ pub fn run(
         return Ok(());
     }
     let mut link = Link { sender, receiver, newcomers: lanes.socket };
+    if rejoin.gone && init.is_some() && dir.read(rundir::COMPLETED)?.is_none() {
+        lost::end(&dir, "its memory at the source was destroyed before the last page had left");
+    }
+    if let Some(why) = rundir::lost(&args.run_dir, id) {
+        let lost = Outcome { run: true, lost: why, ..Outcome::default() };
+        return say_to_source(link.sender, DestinationMessage::Outcome(lost));
+    }
     let over = dir.read(rundir::COMPLETED)?.and_then(|bytes| Completed::decode(&*bytes).ok());
     let ended = Completed { exited: true, ..Completed::default() };
     let held = match (over, init) {
@@ -91,7 +118,7 @@ pub fn run(
     let pace = Arc::new(Pace::default());
     let (uffd, at_work) = (found.uffd, Arc::clone(&pace));
     let drain = Arc::new(Drain::take_up(&manifest, uffd, process.pid(), holdings, at_work)?);
-    let outcome = Outcome { run: true, host_pid: process.pid(), completed: None };
+    let outcome = Outcome { run: true, host_pid: process.pid(), ..Outcome::default() };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
     let (urgent, bulk) = lanes.accept(rejoin.bulk_lanes.clamp(1, BULK_LANES_MAX), link.receiver)?;
     let PageLanes { lanes, watch: rdma } = Choice::default().lanes(urgent, bulk, &pace);
@@ -103,7 +130,7 @@ pub fn run(
 }
 
 fn tell_over(link: &mut Link<'_>, completed: Completed) -> Result<()> {
-    let outcome = Outcome { run: true, host_pid: 0, completed: Some(completed) };
+    let outcome = Outcome { run: true, completed: Some(completed), ..Outcome::default() };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
     goodbye(link, completed)
 }

@@ -15,7 +15,8 @@ use crate::protocol::{
 };
 use crate::rundir::MigrationDir;
 use crate::source::commit;
-use crate::source::figures::{fault_parts, figures, progress};
+use crate::source::figures::{completed, progress};
+use crate::source::gone;
 use crate::source::page_server::{PageServers, send_present_map};
 use crate::source::rdma::{Registering, Registration, SharedSender};
 use crate::source::record::Record;
@@ -23,7 +24,7 @@ use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_transport::rdma::Source;
-use slipstream_transport::{Channel, Key, Purpose, Receiver, Timeouts, resolve};
+use slipstream_transport::{Channel, Key, Purpose, Receiver, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -73,33 +74,43 @@ pub struct Afterwards<'a> {
     pub sink: &'a mut dyn FnMut(Event),
 }
 
+/// Of a peer's reason, what is shown.
+const LOST_LEN_MAX: usize = 500;
+
 enum Joined {
     Live(Box<Live>),
     Never(SharedSender),
     Over(SharedSender, Completed),
+    /// The destination's copy was ended.
+    Lost(String),
 }
 
 /// Takes over a migration whose session is gone.
 pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<()> {
     let dir = MigrationDir::open(run_dir, Role::Source, id, Duration::ZERO)?;
     dir.note_session()?;
-    let refused = |reason: &str| Error::Refused { reason: reason.into(), remedy: String::new() };
     let journal = commit::journal(&dir)?;
     let (Some(record), Journal::Committing | Journal::Committed) = (Record::read(&dir)?, journal)
     else {
         dir.remove();
-        return Err(refused("its session ended before the commit: the process runs on here"));
+        sink(Event::Failed(events::Failed {
+            phase: "recover".into(),
+            reason: "its session ended before the commit: the process runs on here".into(),
+            remedy: "nothing is left to be recovered; move it again".into(),
+            outcome: End::RolledBack,
+        }));
+        return Ok(());
     };
+    let key = Key::load(&record.key_path())?;
     let Some(pid) = record.pid() else {
-        // Its memory may have been needed: whoever asks at the destination sees whether.
-        return Err(refused("the copy that this migration left here is gone"));
+        return gone::settle(&record, dir, &key, Instant::now(), sink);
     };
     let range = record.scratch_start..record.scratch_end;
     let after = Afterwards {
         pid,
         memory: Arc::new(FrozenMemory::open(pid, &record.manifest())?),
         scratch: SourceScratch::find(pid, range)?,
-        key: Key::load(&record.key_path())?,
+        key,
         journal,
         why_tcp: "the migration was taken up again".into(),
         started: Instant::now(),
@@ -108,6 +119,39 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
         record,
     };
     after.run(None)
+}
+
+fn connect(
+    record: &Record,
+    key: &Key,
+    addresses: &[SocketAddr],
+    purpose: Purpose,
+) -> Result<Channel> {
+    let timeout = record.timeout();
+    let timeouts = Timeouts { connect: timeout, handshake: timeout };
+    Ok(Channel::connect(addresses, key, record.route()?, purpose, timeouts)?)
+}
+
+fn silence(record: &Record) -> Duration {
+    record.timeout().max(SILENCE_MIN)
+}
+
+/// Connects again and asks what was decided. `gone`: the copy here is no more.
+pub fn ask(record: &Record, key: &Key, gone: bool) -> Result<(Sender, Receiver, Outcome)> {
+    let addresses = resolve(&record.destination)?;
+    let (mut sender, mut receiver) = connect(record, key, &addresses, Purpose::Control)?.split();
+    let rejoin = Rejoin { id: record.id.clone(), bulk_lanes: record.bulk_lanes, gone };
+    say_to_destination(&mut sender, SourceMessage::Rejoin(rejoin))?;
+    match hear_destination(&mut receiver, Some(silence(record)))? {
+        DestinationMessage::Outcome(outcome) => Ok((sender, receiver, outcome)),
+        _ => unexpected("the outcome"),
+    }
+}
+
+/// Since when it has been paused, for a status; notes the time at first.
+pub fn paused_since(since: &mut Option<u64>) -> String {
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    format!("paused since {}", since.get_or_insert_with(|| now().map_or(0, |d| d.as_secs())))
 }
 
 impl Afterwards<'_> {
@@ -123,6 +167,13 @@ impl Afterwards<'_> {
             let error = match joined {
                 Ok(Joined::Never(sender)) => return self.bring_back(&sender),
                 Ok(Joined::Over(sender, done)) => return self.finish(&sender, &done),
+                Ok(Joined::Lost(reason)) => {
+                    // Of no use to anybody; and its parent shall see that it did not end well.
+                    if self.record.pid() == Some(self.pid) {
+                        PidFd::open(self.pid)?.kill(libc::SIGKILL)?;
+                    }
+                    return Err(gone::lost(&self.record, &self.dir, &reason, self.sink));
+                }
                 Ok(Joined::Live(live)) => {
                     (pause, paused_since) = (PAUSE_MIN, None);
                     match self.drain(*live) {
@@ -133,7 +184,7 @@ impl Afterwards<'_> {
                 Err(e) => e,
             };
             if PidFd::open(self.pid).is_ok_and(|p| p.exited()) || self.record.pid().is_none() {
-                return Err(self.lost());
+                return gone::settle(&self.record, self.dir, &self.key, self.started, self.sink);
             }
             self.note_pause(&mut paused_since, &error);
             std::thread::sleep(pause);
@@ -143,42 +194,28 @@ impl Afterwards<'_> {
 
     /// Connects again and asks what was decided.
     fn rejoin(&mut self) -> Result<Joined> {
-        let addresses = resolve(&self.record.destination)?;
-        let channel = self.connect(&addresses, Purpose::Control)?;
-        let (mut sender, mut receiver) = channel.split();
-        let bulk_lanes = self.record.bulk_lanes;
-        let rejoin = Rejoin { id: self.record.id.clone(), bulk_lanes };
-        say_to_destination(&mut sender, SourceMessage::Rejoin(rejoin))?;
-        let outcome: Outcome = match hear_destination(&mut receiver, Some(self.silence()))? {
-            DestinationMessage::Outcome(outcome) => outcome,
-            _ => return unexpected("the outcome"),
-        };
+        let (sender, receiver, outcome) = ask(&self.record, &self.key, false)?;
         match commit_protocol::source(self.journal, Heard::Outcome { run: outcome.run }) {
             Next::Serve => self.note_resumed(outcome.host_pid),
             Next::BringBack => return Ok(Joined::Never(SharedSender::new(sender))),
             Next::Ask => return Err(Error::Protocol("RUN was taken back".into())),
         }
-        if let Some(completed) = outcome.completed {
-            return Ok(Joined::Over(SharedSender::new(sender), completed));
+        if let Some(done) = outcome.completed {
+            return Ok(Joined::Over(SharedSender::new(sender), done));
         }
-        let bulk = u16::try_from(bulk_lanes).unwrap_or(1).max(1);
+        if !outcome.lost.is_empty() {
+            return Ok(Joined::Lost(outcome.lost.chars().take(LOST_LEN_MAX).collect()));
+        }
+        let addresses = resolve(&self.record.destination)?;
+        let bulk = u16::try_from(self.record.bulk_lanes).unwrap_or(1).max(1);
         let purposes = std::iter::once(Purpose::Urgent).chain((0..bulk).map(Purpose::Bulk));
-        let lanes =
-            purposes.map(|purpose| self.connect(&addresses, purpose)).collect::<Result<_>>()?;
+        let lanes = purposes
+            .map(|purpose| connect(&self.record, &self.key, &addresses, purpose))
+            .collect::<Result<_>>()?;
         let servers = PageServers::start(lanes, &self.memory);
         self.why_tcp = "the connection was made again".into();
         let sender = SharedSender::new(sender);
         Ok(Joined::Live(Box::new(Live { sender, receiver, servers, rdma: None })))
-    }
-
-    fn connect(&self, addresses: &[SocketAddr], purpose: Purpose) -> Result<Channel> {
-        let timeout = self.record.timeout();
-        let timeouts = Timeouts { connect: timeout, handshake: timeout };
-        Ok(Channel::connect(addresses, &self.key, self.record.route()?, purpose, timeouts)?)
-    }
-
-    fn silence(&self) -> Duration {
-        self.record.timeout().max(SILENCE_MIN)
     }
 
     /// The journal says so from now on, and whoever watches is told once.
@@ -230,7 +267,7 @@ impl Afterwards<'_> {
         failpoints::reached("source-map-sent");
         let mut last = (Instant::now(), Figures::default());
         loop {
-            match hear_destination(receiver, Some(self.silence()))? {
+            match hear_destination(receiver, Some(silence(&self.record)))? {
                 DestinationMessage::Progress(now) => {
                     let progress = progress(&now, last.0, &last.1);
                     self.write_status("drain", Some(progress.figures.clone()), String::new());
@@ -264,17 +301,8 @@ impl Afterwards<'_> {
         // The destination may be gone already: it has nothing left to do.
         let _ = say_to_destination(&mut sender.lock(), SourceMessage::Bye(Empty {}));
         self.dir.remove();
-        let read = done.rdma_bytes > 0;
-        (self.sink)(Event::Completed(events::Completed {
-            figures: figures(&done.figures, &Figures::default(), done.drain_us),
-            total_us: self.started.elapsed().as_micros() as u64,
-            drain_us: done.drain_us,
-            transport: if read { "rdma" } else { "tcp" }.into(),
-            why_tcp: self.why_tcp,
-            rdma_bytes: done.rdma_bytes,
-            fault_parts: fault_parts(done.fault_parts),
-            exited: done.exited,
-        }));
+        let total_us = self.started.elapsed().as_micros() as u64;
+        (self.sink)(Event::Completed(completed(done, total_us, self.why_tcp)));
         Ok(())
     }
 
@@ -292,24 +320,11 @@ impl Afterwards<'_> {
         Ok(())
     }
 
-    fn lost(&mut self) -> Error {
-        let reason = "the frozen copy was killed before the last page had left";
-        self.write_status("lost", None, reason.into());
-        (self.sink)(Event::Failed(events::Failed {
-            phase: "drain".into(),
-            reason: reason.into(),
-            remedy: "end the process at the destination: pages of it will never come".into(),
-            outcome: End::Lost,
-        }));
-        Error::Lost
-    }
-
     /// Says once that it is paused, and since when.
     fn note_pause(&mut self, since: &mut Option<u64>, error: &Error) {
         let first = since.is_none();
-        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let at = *since.get_or_insert_with(|| now().map_or(0, |d| d.as_secs()));
-        self.write_status("waiting", None, format!("paused since {at}: {error}"));
+        let paused = paused_since(since);
+        self.write_status("waiting", None, format!("{paused}: {error}"));
         if first {
             let text = format!("paused: {error}; trying to reach the destination again");
             (self.sink)(Event::Note(events::Note { text }));

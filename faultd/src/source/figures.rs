@@ -1,7 +1,7 @@
 //! Figures of a drain, as whoever watches is told them.
 
 use crate::events::{self, per_second};
-use crate::protocol::{FaultParts, Figures};
+use crate::protocol::{Completed, Figures};
 use std::time::Instant;
 
 /// Figures as they are told, with rates since `before`.
@@ -30,15 +30,24 @@ pub fn progress(now: &Figures, since: Instant, before: &Figures) -> events::Prog
     events::Progress { phase: "drain".into(), figures, eta_s }
 }
 
-/// Where the time of faults went, as it is told.
-pub fn fault_parts(parts: Option<FaultParts>) -> events::FaultParts {
-    let p = parts.unwrap_or_default();
-    events::FaultParts {
-        ask_us_p50: p.ask_us_p50,
-        ask_us_p99: p.ask_us_p99,
-        network_us_p50: p.network_us_p50,
-        network_us_p99: p.network_us_p99,
-        install_us_p50: p.install_us_p50,
-        install_us_p99: p.install_us_p99,
+/// The end of a migration, as it is told. `why_tcp` is empty when nothing stood against RDMA.
+pub fn completed(done: &Completed, total_us: u64, why_tcp: String) -> events::Completed {
+    let p = done.fault_parts.unwrap_or_default();
+    events::Completed {
+        figures: figures(&done.figures, &Figures::default(), done.drain_us),
+        total_us,
+        drain_us: done.drain_us,
+        transport: if done.rdma_bytes > 0 { "rdma" } else { "tcp" }.into(),
+        why_tcp,
+        rdma_bytes: done.rdma_bytes,
+        fault_parts: events::FaultParts {
+            ask_us_p50: p.ask_us_p50,
+            ask_us_p99: p.ask_us_p99,
+            network_us_p50: p.network_us_p50,
+            network_us_p99: p.network_us_p99,
+            install_us_p50: p.install_us_p50,
+            install_us_p99: p.install_us_p99,
+        },
+        exited: done.exited,
     }
 }

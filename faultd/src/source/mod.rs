@@ -6,6 +6,7 @@ pub mod check;
 pub mod commit;
 pub mod events_out;
 pub mod figures;
+pub mod gone;
 pub mod interrupt;
 pub mod local;
 pub mod page_server;

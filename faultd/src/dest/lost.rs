@@ -1,0 +1,85 @@
+//! A process whose pages will never come is ended, with a cause that can be read afterwards.
+//!
+//! Nobody can tell a source that is lost from one that is away, so the default is to wait. An
+//! administrator says otherwise: for one process by `slipstream abort`, for all by `agent --source-lost`.
+//! The source itself knows when its copy was destroyed, and says so.
+
+use crate::events::Role;
+use crate::rundir::{self, MigrationDir};
+use slipstream_core::restore::keeper::Keeper;
+use slipstream_core::restore::scratch::{Gate, gate};
+use slipstream_core::sys::pidfd::PidFd;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Between two looks at what waits.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// For a process to end that was killed: threads that wait for pages can be killed.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The folder of a migration whose process runs here, lacks pages, and is served by nobody. The folder
+/// is locked: no session takes it up meanwhile.
+pub fn waiting(run_dir: &Path, id: &str) -> Option<MigrationDir> {
+    let dir = MigrationDir::open(run_dir, Role::Destination, id, Duration::ZERO).ok()?;
+    let over = [rundir::COMPLETED, rundir::EXIT, rundir::LOST];
+    let runs = Gate::open(&dir.file("gate")).is_ok_and(|gate| gate.value() == gate::RUN);
+    (runs && init_of(&dir).is_some() && !over.iter().any(|f| dir.file(f).exists())).then_some(dir)
+}
+
+fn init_of(dir: &MigrationDir) -> Option<PidFd> {
+    let name = String::from_utf8(dir.read(rundir::INIT).ok()??).ok()?;
+    let init = PidFd::open(rundir::named_process(&name)?).ok()?;
+    // The number may have passed to another process between the two.
+    (rundir::full_name(init.pid()).ok()? == name).then_some(init)
+}
+
+/// Ends a process, and what it has forked, and notes why.
+pub fn end(dir: &MigrationDir, why: &str) {
+    // First, so that who sees it end can see why. A full disk must not keep it hanging.
+    if let Err(e) = dir.write(rundir::LOST, why.as_bytes()) {
+        tracing::warn!("{e}");
+    }
+    let Some(init) = init_of(dir) else { return };
+    tracing::warn!("the process under init {} is ended: {why}", init.pid());
+    let pid = init.pid();
+    // The process itself first: then init notes how it ended. Its children end with init.
+    let process = Keeper::find(init).and_then(|keeper| keeper.take(0));
+    if let Ok(Some(process)) = process
+        && let Ok(process) = PidFd::adopt(process)
+        && process.kill(libc::SIGKILL).is_ok()
+    {
+        process.wait_exit(END_TIMEOUT);
+        let noted = Instant::now();
+        while !dir.file(rundir::EXIT).exists() && noted.elapsed() < END_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    if let Some(init) = init_of(dir) {
+        debug_assert_eq!(init.pid(), pid);
+        let _ = init.kill(libc::SIGKILL);
+    }
+}
+
+/// Ends processes whose source has not come back for `limit`. The time counts from when this agent first
+/// sees one unserved, by the monotonic clock.
+pub fn start_watch(run_dir: PathBuf, limit: Duration) {
+    std::thread::spawn(move || {
+        let mut since = HashMap::<String, Instant>::new();
+        loop {
+            let ids = rundir::destinations(&run_dir);
+            since.retain(|id, _| ids.contains(id));
+            for id in ids {
+                let Some(dir) = waiting(&run_dir, &id) else {
+                    since.remove(&id);
+                    continue;
+                };
+                let began = *since.entry(id).or_insert_with(Instant::now);
+                if began.elapsed() >= limit {
+                    end(&dir, &format!("its source had been lost for {limit:?} (--source-lost)"));
+                }
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    });
+}
