@@ -63,9 +63,13 @@ fn stopped_destination_after_the_commit() {
         .filter_map(Pidfd::open)
         .collect();
     assert!(!stopped.is_empty());
-    stopped.iter().for_each(|process| process.signal(libc::SIGSTOP));
+    for process in &stopped {
+        process.signal(libc::SIGSTOP);
+    }
     std::thread::sleep(Duration::from_secs(24));
-    stopped.iter().for_each(|process| process.signal(libc::SIGCONT));
+    for process in &stopped {
+        process.signal(libc::SIGCONT);
+    }
     migration.wait().assert_completed();
     program.tell();
     moved.wait_end(LIMIT);

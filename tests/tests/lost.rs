@@ -135,7 +135,7 @@ fn aborted_at_the_destination_before_the_commit() {
     let migration = Migration::start(&hosts, program.pid, &proxy.destination(), |_| {});
     let id = wait::until("the destination's folder", LIMIT, || {
         let entries = std::fs::read_dir(hosts.run_dir(Side::Destination)).ok()?;
-        let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+        let mut names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
         names.find_map(|name| name.strip_prefix("destination-").map(str::to_owned))
     });
     let gate = hosts.run_dir(Side::Destination).join(format!("destination-{id}/gate"));
