@@ -88,7 +88,8 @@ pub fn bring_back(pid: i32, scratch: SourceScratch, dir: &MigrationDir) -> Resul
     Ok(())
 }
 
-fn parse_registers(image: &[u8]) -> Option<Vec<(i32, u64, Regs)>> {
+/// Reads the journal of registers: of each thread its number, mask and registers.
+pub fn parse_registers(image: &[u8]) -> Option<Vec<(i32, u64, Regs)>> {
     let len = 16 + size_of::<Regs>();
     if !image.len().is_multiple_of(len) {
         return None;
