@@ -131,7 +131,15 @@ impl Hosts {
 
     /// The run directory of a side.
     pub fn run_dir(&self, side: Side) -> PathBuf {
-        self.path().join(format!("run-{side:?}"))
+        self.run_dirs().join(format!("run-{side:?}"))
+    }
+
+    /// Where run directories lie: on a file system of each machine's own, if there are two.
+    fn run_dirs(&self) -> PathBuf {
+        if self.host(Side::Destination).far().is_none() {
+            return self.path().to_path_buf();
+        }
+        Path::new("/run").join(self.path().file_name().expect("a folder has a name"))
     }
 
     /// A name nobody else in this test uses.
@@ -256,6 +264,17 @@ impl Hosts {
             let _ = child.wait();
         }
     }
+
+    /// Of what the temporary folder does not hold.
+    fn remove_run_dirs(&self) {
+        for host in std::iter::once(&self.source).chain(&self.destination) {
+            let mut remove = host.command("rm");
+            remove.arg("-rf").arg(self.run_dirs());
+            remove.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let _ = remove.status();
+            host.end_all();
+        }
+    }
 }
 
 impl Drop for Hosts {
@@ -264,6 +283,9 @@ impl Drop for Hosts {
             eprintln!("{}", self.describe());
         }
         self.end_all();
+        if self.host(Side::Destination).far().is_some() {
+            self.remove_run_dirs();
+        }
     }
 }
 

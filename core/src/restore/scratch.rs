@@ -59,7 +59,11 @@ impl Gate {
         // Its block is there from now on: a store into a hole of a full disk is SIGBUS.
         nix::fcntl::posix_fallocate(&file, 0, PAGE as libc::off_t)
             .map_err(|e| Error::io(format!("size {}", path.display()), e.into()))?;
-        Ok(Self { shared: Shared::map(&file, PAGE as usize)?, file })
+        let shared = Shared::map(&file, PAGE as usize).map_err(|_| {
+            let folder = path.parent().unwrap_or(path).display();
+            Error::Refused(format!("{folder} is on a file system without shared memory: set --run-dir to a local one, as /run is"))
+        })?;
+        Ok(Self { file, shared })
     }
 
     /// Opens the gate of a migration that exists.
