@@ -1,7 +1,8 @@
 //! Page lanes: the destination asks for pages by source address, the source answers. One trait for every way pages travel.
 //!
 //! A request is answered by one or more replies that cover it in order, from its first page to its last; which
-//! request's reply comes next is up to the lane. What does not fit a request of ours is the peer's error and ends the lane.
+//! request's reply comes next is up to the lane, and requests may overlap: a reply says which one it answers by the tag that
+//! was given to `post`. What does not fit a request of ours is the peer's error and ends the lane.
 
 use crate::error::Result;
 use std::io;
@@ -55,6 +56,8 @@ pub enum Content<'a> {
 /// One answer, for a part of a request or all of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageReply<'a> {
+    /// The tag of the request that it answers.
+    pub tag: u64,
     /// First address.
     pub address: u64,
     /// Length.
@@ -65,8 +68,8 @@ pub struct PageReply<'a> {
 
 /// The destination's end of a lane. For one thread.
 pub trait PageLane: Send {
-    /// Asks for pages. May only queue the request until `flush`, or until `next` has to wait.
-    fn post(&mut self, request: PageRequest) -> Result<()>;
+    /// Asks for pages. May only queue the request until `flush`, or until `next` has to wait. Tags are for the caller only.
+    fn post(&mut self, request: PageRequest, tag: u64) -> Result<()>;
 
     /// Gets all posted requests on their way. Never waits for the peer.
     fn flush(&mut self) -> Result<()>;

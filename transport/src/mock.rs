@@ -33,7 +33,7 @@ pub struct MockLane<S> {
     options: MockOptions,
     random: u64,
     /// What is left of each request; those not flushed yet are the last ones.
-    requests: Vec<PageRequest>,
+    requests: Vec<(PageRequest, u64)>,
     flushed: usize,
     replies: u64,
     failed: bool,
@@ -121,7 +121,7 @@ impl<S: PageSource> MockLane<S> {
 }
 
 impl<S: PageSource + Send> PageLane for MockLane<S> {
-    fn post(&mut self, request: PageRequest) -> Result<()> {
+    fn post(&mut self, request: PageRequest, tag: u64) -> Result<()> {
         self.check_alive()?;
         if !request.is_valid() {
             let PageRequest { address, len_bytes } = request;
@@ -130,7 +130,7 @@ impl<S: PageSource + Send> PageLane for MockLane<S> {
         if self.requests.len() >= OUTSTANDING_REQUESTS_MAX {
             return Err(Error::QueueFull { peer: "mock".into() });
         }
-        self.requests.push(request);
+        self.requests.push((request, tag));
         Ok(())
     }
 
@@ -150,7 +150,7 @@ impl<S: PageSource + Send> PageLane for MockLane<S> {
             return Ok(None);
         }
         let which = self.random_below(self.flushed as u64) as usize;
-        let request = self.requests[which];
+        let (request, tag) = self.requests[which];
         let (len_bytes, outcome) = self.produce(request);
         let left = request.len_bytes - len_bytes;
         if left == 0 {
@@ -158,7 +158,7 @@ impl<S: PageSource + Send> PageLane for MockLane<S> {
             self.flushed -= 1;
         } else {
             let address = request.address + u64::from(len_bytes);
-            self.requests[which] = PageRequest { address, len_bytes: left };
+            self.requests[which] = (PageRequest { address, len_bytes: left }, tag);
         }
         self.replies += 1;
         let content = match outcome {
@@ -166,11 +166,11 @@ impl<S: PageSource + Send> PageLane for MockLane<S> {
             Ok(false) => Content::Absent,
             Err(errno) => Content::Failed(errno),
         };
-        Ok(Some(PageReply { address: request.address, len_bytes, content }))
+        Ok(Some(PageReply { tag, address: request.address, len_bytes, content }))
     }
 
     fn outstanding_bytes(&self) -> u64 {
-        self.requests.iter().map(|request| u64::from(request.len_bytes)).sum()
+        self.requests.iter().map(|(request, _)| u64::from(request.len_bytes)).sum()
     }
 
     fn raw_fd(&self) -> Option<RawFd> {

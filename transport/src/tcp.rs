@@ -127,7 +127,7 @@ impl TcpPageLane {
 }
 
 impl PageLane for TcpPageLane {
-    fn post(&mut self, request: PageRequest) -> Result<()> {
+    fn post(&mut self, request: PageRequest, tag: u64) -> Result<()> {
         if !request.is_valid() {
             let PageRequest { address, len_bytes } = request;
             return Err(Error::BadRequest { address, len_bytes });
@@ -138,7 +138,7 @@ impl PageLane for TcpPageLane {
                 return Err(Error::QueueFull { peer: self.socket.peer() });
             }
         }
-        if !self.outstanding.post(request) {
+        if !self.outstanding.post(request, tag) {
             return Err(Error::QueueFull { peer: self.socket.peer() });
         }
         self.writer.append(&encode_request(request));
@@ -155,8 +155,9 @@ impl PageLane for TcpPageLane {
             return Ok(None);
         }
         let record = self.reader.plain(self.record.clone());
-        let (reply, rest) = decode_reply(record).map_err(|what| self.protocol(what))?;
-        self.outstanding
+        let (mut reply, rest) = decode_reply(record).map_err(|what| self.protocol(what))?;
+        reply.tag = self
+            .outstanding
             .answer(reply.address, reply.len_bytes)
             .map_err(|what| Error::Protocol { peer: self.socket.peer(), what })?;
         self.record.start = self.record.end - rest.len();

@@ -60,7 +60,7 @@ impl PageSource for Untouchable {
 fn lane_given(record: &[u8]) -> Result<()> {
     let (near, far) = channels();
     let mut lane = TcpPageLane::new(near);
-    lane.post(PageRequest { address: 0x10000, len_bytes: 4 * PAGE })?;
+    lane.post(PageRequest { address: 0x10000, len_bytes: 4 * PAGE }, 0)?;
     lane.flush()?;
     Peer::new(far).send(record);
     while lane.next(Block::Forever)?.is_some() {}
@@ -141,6 +141,6 @@ fn a_forged_record_ends_either_side() {
     peer.socket.send_all(&forged[..50], Block::Forever, "").unwrap();
     drop(peer);
     let mut lane = TcpPageLane::new(near);
-    lane.post(PageRequest { address: 0, len_bytes: PAGE }).unwrap();
+    lane.post(PageRequest { address: 0, len_bytes: PAGE }, 0).unwrap();
     assert!(lane.next(Block::Forever).unwrap_err().is_disconnect(), "cut in a record");
 }

@@ -77,7 +77,7 @@ pub fn decode_reply(record: &[u8]) -> Result<(PageReply<'_>, &[u8]), &'static st
         errno @ 1..=ERRNO_MAX => (Content::Failed(errno), rest),
         _ => return Err("a page reply has an unknown status"),
     };
-    Ok((PageReply { address, len_bytes, content }, rest))
+    Ok((PageReply { tag: 0, address, len_bytes, content }, rest))
 }
 
 /// The first twelve bytes of requests and replies alike.
@@ -124,14 +124,19 @@ mod tests {
     fn bad_replies_are_refused() {
         let data = vec![0; 16 * PAGE as usize];
         let too_long =
-            PageReply { address: 0, len_bytes: 16 * PAGE, content: Content::Data(&data) };
+            PageReply { tag: 0, address: 0, len_bytes: 16 * PAGE, content: Content::Data(&data) };
         assert!(decode_reply(&encode(&too_long)).is_err());
         for status in [-2, i32::MIN, ERRNO_MAX + 1, i32::MAX] {
             let mut bytes = encode_reply_head(0, PAGE, &Content::Absent);
             bytes[12..].copy_from_slice(&status.to_le_bytes());
             assert!(decode_reply(&bytes).is_err());
         }
-        let good = PageReply { address: 0, len_bytes: PAGE, content: Content::Data(&data[..4096]) };
+        let good = PageReply {
+            tag: 0,
+            address: 0,
+            len_bytes: PAGE,
+            content: Content::Data(&data[..4096]),
+        };
         let bytes = encode(&good);
         for len in 0..bytes.len() {
             assert!(decode_reply(&bytes[..len]).is_err());
@@ -154,7 +159,7 @@ mod tests {
                 1 => Content::Absent,
                 _ => Content::Failed(errno),
             };
-            let reply = PageReply { address: page * u64::from(PAGE), len_bytes: pages * PAGE, content };
+            let reply = PageReply { tag: 0, address: page * u64::from(PAGE), len_bytes: pages * PAGE, content };
             let bytes = [encode(&reply), more.clone()].concat();
             prop_assert_eq!(decode_reply(&bytes), Ok((reply, &more[..])));
         }

@@ -29,7 +29,7 @@ fn with_server<T>(memory: &Memory, client: impl FnOnce(&mut TcpPageLane) -> T) -
 
 fn post_all(lane: &mut impl PageLane, requests: &[PageRequest]) {
     for request in requests {
-        lane.post(*request).unwrap();
+        lane.post(*request, 0).unwrap();
     }
 }
 
@@ -81,7 +81,7 @@ fn a_page_and_four_megabytes_arrive() {
         for (page, pages) in [(0, 1), (5, 1), (3, 15), (3, 16), (100, 17), (0, 1024)] {
             let address = BASE + page * PAGE;
             let request = PageRequest { address, len_bytes: pages * PAGE as u32 };
-            lane.post(request).unwrap();
+            lane.post(request, 0).unwrap();
             lane.flush().unwrap();
             check(&memory, &[request], &take_all(lane, Block::Forever));
         }
@@ -95,7 +95,7 @@ fn one_bad_page_does_not_take_its_neighbours_along() {
     memory.pages[40] = Page::Absent;
     with_server(&memory, |lane| {
         let request = PageRequest { address: BASE, len_bytes: 64 * PAGE as u32 };
-        lane.post(request).unwrap();
+        lane.post(request, 0).unwrap();
         check(&memory, &[request], &take_all(lane, Block::Forever));
     });
 }
@@ -104,12 +104,12 @@ fn one_bad_page_does_not_take_its_neighbours_along() {
 fn an_unmapped_address_fails_with_its_errno_and_the_lane_goes_on() {
     let memory = Memory::present(BASE, 4);
     with_server(&memory, |lane| {
-        lane.post(PageRequest { address: 0x1000, len_bytes: 0x2000 }).unwrap();
+        lane.post(PageRequest { address: 0x1000, len_bytes: 0x2000 }, 0).unwrap();
         let reply = lane.next(Block::Forever).unwrap().unwrap();
         assert_eq!(reply.content, Content::Failed(14));
         assert_eq!(reply.len_bytes, 0x2000);
         let request = PageRequest { address: BASE, len_bytes: 0x1000 };
-        lane.post(request).unwrap();
+        lane.post(request, 0).unwrap();
         check(&memory, &[request], &take_all(lane, Block::Forever));
     });
 }
@@ -122,11 +122,11 @@ fn thousands_of_requests_may_be_outstanding() {
             .map(|page| PageRequest { address: BASE + page * PAGE, len_bytes: PAGE as u32 })
             .collect();
         for request in &requests {
-            lane.post(*request).unwrap();
+            lane.post(*request, 0).unwrap();
             // Each in a record of its own: the worst case for the sockets' buffers.
             lane.flush().unwrap();
         }
-        let error = lane.post(requests[0]).unwrap_err();
+        let error = lane.post(requests[0], 0).unwrap_err();
         assert!(matches!(error, Error::QueueFull { .. }), "{error}");
         check(&memory, &requests, &take_all(lane, Block::Forever));
     });
@@ -148,7 +148,7 @@ fn small_socket_buffers_do_not_lock_up() {
         while got < 20_000 * PAGE {
             while posted < 20_000 {
                 let address = BASE + posted % 4096 * PAGE;
-                match lane.post(PageRequest { address, len_bytes: PAGE as u32 }) {
+                match lane.post(PageRequest { address, len_bytes: PAGE as u32 }, 0) {
                     Ok(()) => posted += 1,
                     Err(Error::QueueFull { .. }) => break,
                     Err(error) => panic!("{error}"),
@@ -177,7 +177,7 @@ fn requests_behind_a_full_socket_are_served() {
         let memory = &memory;
         let serving = scope.spawn(move || server.serve(memory));
         for request in &requests {
-            lane.post(*request).unwrap();
+            lane.post(*request, 0).unwrap();
             lane.flush().unwrap();
             thread::sleep(Duration::from_millis(1));
         }
@@ -195,14 +195,14 @@ fn not_blocking_until_and_polling() {
         assert!(lane.raw_fd().is_some());
         assert_eq!(lane.next(Block::Forever).unwrap(), None, "nothing outstanding: no wait");
         let request = PageRequest { address: BASE, len_bytes: 0x1000 };
-        lane.post(request).unwrap();
+        lane.post(request, 0).unwrap();
         lane.flush().unwrap();
         check(&memory, &[request], &take_all(lane, Block::No));
         assert_eq!(lane.next(Block::No).unwrap(), None);
     });
     let (near, _far) = channels(Purpose::Urgent);
     let mut lane = TcpPageLane::new(near);
-    lane.post(PageRequest { address: BASE, len_bytes: 0x1000 }).unwrap();
+    lane.post(PageRequest { address: BASE, len_bytes: 0x1000 }, 0).unwrap();
     let soon = Block::Until(Instant::now() + Duration::from_millis(30));
     assert_eq!(lane.next(soon).unwrap(), None, "nobody serves");
 }
@@ -212,7 +212,7 @@ fn invalid_requests_are_the_callers_error() {
     let (near, _far) = channels(Purpose::Urgent);
     let mut lane = TcpPageLane::new(near);
     for (address, len_bytes) in [(1, 4096), (0, 0), (0, 5), (0, 8 << 20), (!0xfff, 4096)] {
-        let error = lane.post(PageRequest { address, len_bytes }).unwrap_err();
+        let error = lane.post(PageRequest { address, len_bytes }, 0).unwrap_err();
         assert!(matches!(error, Error::BadRequest { .. }), "{error}");
     }
     assert_eq!(lane.outstanding_bytes(), 0);
@@ -223,7 +223,7 @@ fn a_lost_peer_is_noticed_on_both_sides() {
     let (near, far) = channels(Purpose::Bulk(0));
     let mut lane = TcpPageLane::new(near);
     drop(far);
-    lane.post(PageRequest { address: BASE, len_bytes: 0x1000 }).unwrap();
+    lane.post(PageRequest { address: BASE, len_bytes: 0x1000 }, 0).unwrap();
     assert!(lane.next(Block::Forever).unwrap_err().is_disconnect());
 
     let (near, far) = channels(Purpose::Bulk(0));
@@ -305,12 +305,12 @@ fn the_mock_mixes_requests_and_fails_when_told() {
 
     let options = MockOptions { replies_until_failure: Some(2), ..MockOptions::default() };
     let mut lane = MockLane::new(Memory::present(BASE, 100), options);
-    lane.post(PageRequest { address: BASE, len_bytes: 100 * PAGE as u32 }).unwrap();
+    lane.post(PageRequest { address: BASE, len_bytes: 100 * PAGE as u32 }, 0).unwrap();
     assert!(lane.next(Block::Forever).unwrap().is_some());
     assert!(lane.next(Block::Forever).unwrap().is_some());
     assert!(lane.next(Block::Forever).unwrap_err().is_disconnect());
     assert!(lane.flush().unwrap_err().is_disconnect());
     let mut lane = MockLane::new(Memory::present(BASE, 1), MockOptions::default());
     lane.fail();
-    assert!(lane.post(PageRequest { address: BASE, len_bytes: 4096 }).is_err());
+    assert!(lane.post(PageRequest { address: BASE, len_bytes: 4096 }, 0).is_err());
 }

@@ -58,7 +58,8 @@ fn bulk(lanes: u16, total: u64, request_len: u32) {
                 let (mut posted, mut got) = (0, 0);
                 while got < share {
                     while posted < share && lane.outstanding_bytes() < 8 << 20 {
-                        lane.post(PageRequest { address: posted, len_bytes: request_len }).unwrap();
+                        lane.post(PageRequest { address: posted, len_bytes: request_len }, 0)
+                            .unwrap();
                         posted += u64::from(request_len);
                     }
                     lane.flush().unwrap();
@@ -101,7 +102,7 @@ fn urgent_lane() {
             let cpu = cpu_time();
             for i in 0..u64::from(COUNT) {
                 let started = Instant::now();
-                lane.post(PageRequest { address: i * 4096, len_bytes }).unwrap();
+                lane.post(PageRequest { address: i * 4096, len_bytes }, 0).unwrap();
                 lane.flush().unwrap();
                 while lane.outstanding_bytes() > 0 {
                     lane.next(Block::Forever).unwrap();

@@ -4,7 +4,7 @@
 use crate::dest::drain::{Data, Delivered, Drain};
 use crate::dest::faults::unreadable;
 use crate::dest::window::Window;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pages::{Piece, RunClaim};
 use crate::placement::Placement;
 use slipstream_core::sys::task;
@@ -27,6 +27,7 @@ struct Worker {
     drain: Arc<Drain>,
     lane: Box<dyn PageLane>,
     runs: VecDeque<Run>,
+    next_tag: u64,
     pieces: Vec<Piece>,
     placement: Placement,
     window: Window,
@@ -34,6 +35,8 @@ struct Worker {
 
 /// A run under way.
 struct Run {
+    /// Of the request. Runs of forked children may be of the same source pages.
+    tag: u64,
     claim: RunClaim,
     posted: Instant,
     answered: u64,
@@ -50,6 +53,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
             drain,
             lane,
             runs: VecDeque::new(),
+            next_tag: 0,
             pieces: Vec::new(),
             placement: Placement::of_this_thread(),
             window: Window::new(Instant::now()),
@@ -93,8 +97,10 @@ impl Worker {
             let request =
                 PageRequest { address: claim.source_address, len_bytes: claim.len_bytes as u32 };
             let (posted, partial) = (Instant::now(), Vec::new());
-            self.runs.push_back(Run { claim, posted, answered: 0, page_size, partial });
-            self.lane.post(request)?;
+            let tag = self.next_tag;
+            self.next_tag += 1;
+            self.runs.push_back(Run { tag, claim, posted, answered: 0, page_size, partial });
+            self.lane.post(request, tag)?;
         }
         Ok(self.lane.flush()?)
     }
@@ -102,9 +108,8 @@ impl Worker {
     fn take_reply(&mut self) -> Result<()> {
         let until = Block::Until(Instant::now() + IDLE);
         let Some(reply) = self.lane.next(until)? else { return Ok(()) };
-        let Some(index) = self.runs.iter().position(|r| r.claim.sources().contains(&reply.address))
-        else {
-            return Ok(());
+        let Some(index) = self.runs.iter().position(|r| r.tag == reply.tag) else {
+            return Err(Error::Internal("an answer to no run".into()));
         };
         let (run, now) = (&mut self.runs[index], Instant::now());
         if run.answered == 0 {

@@ -233,7 +233,8 @@ impl Service {
             waiting.push(asked);
             // Another space may be waiting for the same source page already.
             if waiting.len() == 1 {
-                self.lane.post(PageRequest { address: source, len_bytes: len_bytes as u32 })?;
+                let request = PageRequest { address: source, len_bytes: len_bytes as u32 };
+                self.lane.post(request, source)?;
             }
         }
         Ok(())
@@ -245,8 +246,9 @@ impl Service {
             let Some(reply) = self.lane.next(Block::No)? else { return Ok(()) };
             let (address, len) = (reply.address, u64::from(reply.len_bytes));
             // Pages of an ordinary size come whole; a huge page comes in parts, from its first on.
-            let Some((source, waiting)) = find_asked(&mut self.asked, address) else {
-                continue;
+            let source = reply.tag;
+            let Some(waiting) = self.asked.get_mut(&source) else {
+                return Err(Error::Internal("an answer to no fault".into()));
             };
             let whole = waiting.first().is_some_and(|a| a.len_bytes == len);
             match reply.content {
@@ -327,20 +329,6 @@ impl Service {
         }
         Ok(())
     }
-}
-
-/// The request that a reply at `address` belongs to.
-fn find_asked(
-    asked: &mut HashMap<u64, Vec<Asked>>,
-    address: u64,
-) -> Option<(u64, &mut Vec<Asked>)> {
-    if asked.contains_key(&address) {
-        return asked.get_mut(&address).map(|a| (address, a));
-    }
-    asked
-        .iter_mut()
-        .find(|(start, a)| a.first().is_some_and(|f| address.wrapping_sub(**start) < f.len_bytes))
-        .map(|(start, a)| (*start, a))
 }
 
 /// The source could not read a page that it said exists.

@@ -135,8 +135,8 @@ impl RdmaPageLane {
         self.over = true;
         unwatch(&self.epoll, &self.pair);
         self.pair.stop();
-        for request in self.reads.give_up() {
-            self.tcp.post(request)?;
+        for (request, tag) in self.reads.give_up() {
+            self.tcp.post(request, tag)?;
         }
         self.tcp.flush()
     }
@@ -200,11 +200,11 @@ impl RdmaPageLane {
     }
 
     fn reply(&self, piece: Piece) -> PageReply<'_> {
-        let Piece { address, slot, offset, len_bytes } = piece;
+        let Piece { tag, address, slot, offset, len_bytes } = piece;
         self.health.count(u64::from(len_bytes));
         let at = usize::from(slot) * self.slot_len as usize + offset as usize;
         let content = Content::Data(self.buffer.bytes(at, len_bytes as usize));
-        PageReply { address, len_bytes, content }
+        PageReply { tag, address, len_bytes, content }
     }
 
     /// Waits for either way; false when the time is up.
@@ -235,7 +235,7 @@ impl RdmaPageLane {
 }
 
 impl PageLane for RdmaPageLane {
-    fn post(&mut self, request: PageRequest) -> Result<()> {
+    fn post(&mut self, request: PageRequest, tag: u64) -> Result<()> {
         let PageRequest { address, len_bytes } = request;
         if !request.is_valid() {
             return Err(Error::BadRequest { address, len_bytes });
@@ -249,9 +249,9 @@ impl PageLane for RdmaPageLane {
             return Err(Error::QueueFull { peer: "the adapter".into() });
         }
         if !covered {
-            return self.tcp.post(request);
+            return self.tcp.post(request, tag);
         }
-        self.reads.add(request, &self.parts);
+        self.reads.add(request, tag, &self.parts);
         Ok(())
     }
 

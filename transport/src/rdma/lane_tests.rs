@@ -198,7 +198,7 @@ fn fetch(
         while let Some(request) = next
             && lane.outstanding_bytes() < WINDOW_BYTES
         {
-            lane.post(*request).unwrap();
+            lane.post(*request, 0).unwrap();
             open.push_back(*request);
             next = todo.next();
         }
@@ -296,7 +296,7 @@ fn single_pages_one_at_a_time() {
         .map(|page| {
             let request = PageRequest { address: hosts.memory.address(page), len_bytes: 4096 };
             let began = Instant::now();
-            lane.post(request).unwrap();
+            lane.post(request, 0).unwrap();
             lane.flush().unwrap();
             loop {
                 let _ = lane.busy_poll() || readable(lane, 10);

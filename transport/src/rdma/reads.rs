@@ -21,6 +21,7 @@ pub(super) struct Read {
 struct Posted {
     number: u64,
     request: PageRequest,
+    tag: u64,
     /// Slots with the bytes in each, in order.
     slots: Vec<(u16, u32)>,
 }
@@ -28,6 +29,7 @@ struct Posted {
 /// A request that has arrived and is being handed out.
 #[derive(Debug)]
 struct Arrived {
+    tag: u64,
     address: u64,
     slots: VecDeque<(u16, u32)>,
     /// What of the first slot has been handed out.
@@ -37,6 +39,8 @@ struct Arrived {
 /// A piece of what has arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
+    /// Of the request.
+    pub(super) tag: u64,
     pub(super) address: u64,
     pub(super) slot: u16,
     pub(super) offset: u32,
@@ -46,7 +50,7 @@ pub(super) struct Piece {
 /// The requests of a lane that go by RDMA.
 #[derive(Debug)]
 pub(super) struct Reads {
-    waiting: VecDeque<(PageRequest, Vec<Part>)>,
+    waiting: VecDeque<(PageRequest, u64, Vec<Part>)>,
     posted: VecDeque<Posted>,
     arrived: Option<Arrived>,
     free: Vec<u16>,
@@ -66,10 +70,10 @@ impl Reads {
         }
     }
 
-    /// Takes a request on. The lane bounds how many.
-    pub(super) fn add(&mut self, request: PageRequest, parts: &[Part]) {
+    /// Takes a request on, with its tag. The lane bounds how many.
+    pub(super) fn add(&mut self, request: PageRequest, tag: u64, parts: &[Part]) {
         self.outstanding_bytes += u64::from(request.len_bytes);
-        self.waiting.push_back((request, parts.to_vec()));
+        self.waiting.push_back((request, tag, parts.to_vec()));
     }
 
     /// Requests that have not arrived.
@@ -79,9 +83,9 @@ impl Reads {
 
     /// Appends the READs of the requests that there are slots for.
     pub(super) fn start(&mut self, reads: &mut Vec<Read>) {
-        while let Some((_, parts)) = self.waiting.front()
+        while let Some((_, _, parts)) = self.waiting.front()
             && parts.len() <= self.free.len()
-            && let Some((request, parts)) = self.waiting.pop_front()
+            && let Some((request, tag, parts)) = self.waiting.pop_front()
         {
             let number = self.next_number;
             self.next_number += 1;
@@ -92,7 +96,7 @@ impl Reads {
                 Read { part: *part, slot: *slot, signalled }
             }));
             let slots = slots.into_iter().zip(parts.iter().map(|p| p.len_bytes)).collect();
-            self.posted.push_back(Posted { number, request, slots });
+            self.posted.push_back(Posted { number, request, tag, slots });
         }
     }
 
@@ -104,7 +108,8 @@ impl Reads {
         }
         if let Some(p) = self.posted.pop_front() {
             let slots = p.slots.into_iter().collect();
-            self.arrived = Some(Arrived { address: p.request.address, slots, offset: 0 });
+            self.arrived =
+                Some(Arrived { tag: p.tag, address: p.request.address, slots, offset: 0 });
         }
         true
     }
@@ -115,8 +120,8 @@ impl Reads {
         while let Some((slot, len)) = arrived.slots.front().copied() {
             if arrived.offset < len {
                 let len_bytes = (len - arrived.offset).min(REPLY_DATA_LEN_BYTES_MAX);
-                let piece =
-                    Piece { address: arrived.address, slot, offset: arrived.offset, len_bytes };
+                let (tag, address) = (arrived.tag, arrived.address);
+                let piece = Piece { tag, address, slot, offset: arrived.offset, len_bytes };
                 arrived.address += u64::from(len_bytes);
                 arrived.offset += len_bytes;
                 self.outstanding_bytes -= u64::from(len_bytes);
@@ -131,10 +136,11 @@ impl Reads {
     }
 
     /// Gives up what has not arrived, for it to be asked for in another way. What has arrived is handed out still.
-    pub(super) fn give_up(&mut self) -> Vec<PageRequest> {
-        let posted = self.posted.drain(..).map(|p| p.request);
-        let rest: Vec<_> = posted.chain(self.waiting.drain(..).map(|w| w.0)).collect();
-        self.outstanding_bytes -= rest.iter().map(|r| u64::from(r.len_bytes)).sum::<u64>();
+    pub(super) fn give_up(&mut self) -> Vec<(PageRequest, u64)> {
+        let posted = self.posted.drain(..).map(|p| (p.request, p.tag));
+        let rest: Vec<_> =
+            posted.chain(self.waiting.drain(..).map(|(request, tag, _)| (request, tag))).collect();
+        self.outstanding_bytes -= rest.iter().map(|(r, _)| u64::from(r.len_bytes)).sum::<u64>();
         rest
     }
 
@@ -197,6 +203,7 @@ mod tests {
             let mut reads = Reads::new(SLOTS);
             let mut next_address = 0u64;
             let mut open: BTreeMap<u64, u64> = BTreeMap::new(); // pages not answered: address -> end of request
+            let mut end_of: BTreeMap<u64, u64> = BTreeMap::new(); // by tag, which is where a request begins
             let mut flying: Vec<Read> = Vec::new();
             let mut slot_of: BTreeMap<u16, Part> = BTreeMap::new();
             let mut lent: Option<Piece> = None;
@@ -204,8 +211,9 @@ mod tests {
                 match step {
                     Step::Add { pages, part_pages } => {
                         let request = PageRequest { address: next_address, len_bytes: pages * 4096 };
-                        reads.add(request, &cut(request, part_pages));
+                        reads.add(request, next_address, &cut(request, part_pages));
                         let end = next_address + u64::from(pages) * PAGE;
+                        end_of.insert(next_address, end);
                         while next_address < end {
                             open.insert(next_address, end);
                             next_address += PAGE;
@@ -233,6 +241,7 @@ mod tests {
                     Step::Take => {
                         lent = reads.piece();
                         let Some(piece) = lent else { continue };
+                        prop_assert_eq!(end_of.get(&piece.tag), open.get(&piece.address), "of another request");
                         let part = slot_of[&piece.slot];
                         prop_assert_eq!(part.address + u64::from(piece.offset), piece.address);
                         prop_assert!(piece.offset + piece.len_bytes <= part.len_bytes);
@@ -241,7 +250,8 @@ mod tests {
                         }
                     }
                     Step::GiveUp => {
-                        for request in reads.give_up() {
+                        for (request, tag) in reads.give_up() {
+                        prop_assert_eq!(tag, request.address);
                             for page in 0..u64::from(request.len_bytes) / PAGE {
                                 prop_assert!(open.remove(&(request.address + page * PAGE)).is_some());
                             }
@@ -257,7 +267,8 @@ mod tests {
                     prop_assert!(open.remove(&(piece.address + page * PAGE)).is_some());
                 }
             }
-            for request in reads.give_up() {
+            for (request, tag) in reads.give_up() {
+                        prop_assert_eq!(tag, request.address);
                 for page in 0..u64::from(request.len_bytes) / PAGE {
                     prop_assert!(open.remove(&(request.address + page * PAGE)).is_some());
                 }
