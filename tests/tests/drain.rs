@@ -43,7 +43,8 @@ fn drain_killed() {
     moved.wait_end(Duration::from_secs(10));
     let outcome = migration.wait_at_most(Duration::from_secs(30));
     assert_eq!(outcome.code, Some(0), "the end of the process ends its migration: {outcome:#?}");
-    assert_eq!(outcome.event("completed").expect("the event completed")["exited"], true);
+    let completed = outcome.event("completed").expect("the event completed");
+    assert_eq!(completed["exited"], true, "{completed:#}");
     program.assert_source_dropped();
     let next = Program::start(&hosts, Build::dynamic("anon"), &[]);
     let moved = hosts.migrate(&next, &agent).wait().assert_completed();

@@ -98,7 +98,7 @@ impl Course<'_> {
             return Err(e);
         }
         let drain_us = self.since.elapsed().as_micros() as u64;
-        let exited = self.process.exited();
+        let exited = finish::has_exited(self.process);
         failpoints::reached("destination-drained");
         finish::finish(&self.drain, &manifest, self.process, &self.account.ours())?;
         self.drain.end();

@@ -11,10 +11,12 @@ use slipstream_core::restore::settle::{lock_future, lock_range, unmap_range, wai
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::uffd::Uffd;
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// For a thread of a running process to stop for a moment.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a process without memory to have ended.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Ends fault handling, removes our mappings, and puts back what had to wait for the last page.
 /// `ours` are the ranges that restore mapped, that with its code first.
@@ -34,6 +36,19 @@ pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>])
         lock_again(pid, m);
     }
     Ok(())
+}
+
+/// Whether the process has ended. One that is ending loses its memory first, and that is what a drain notices.
+pub fn has_exited(process: &PidFd) -> bool {
+    let until = Instant::now() + EXIT_TIMEOUT;
+    // Of a main thread that ended before the others there are no mappings, either: that is what the bound is for.
+    while !process.exited() && maps::read(process.pid()).is_ok_and(|lines| lines.is_empty()) {
+        if Instant::now() > until {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    process.exited()
 }
 
 /// Unregisters all mappings of the process. It stands still meanwhile: a mapping that moves between the look and
