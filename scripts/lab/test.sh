@@ -21,8 +21,6 @@ between_hosts=(
     "drain drain_fork drain_moves drain_killed"
     "oracle oracle_never_sees_a_difference"
 )
-# Those tests run over each of these: add rdma here.
-transports=(tcp)
 
 lab_test_build() {
     need_rust
@@ -65,17 +63,29 @@ start_far_host() {
     run_on 2 setsid --fork "$target/slipstream-test-host" serve "$far"
 }
 
+# test_between TRANSPORT
+test_between() {
+    [ -n "${far:-}" ] || start_far_host
+    say "end-to-end tests between the two hosts, over $1"
+    SLIPSTREAM_TEST_HOSTS=$far SLIPSTREAM_TEST_MIGRATE_ARGUMENTS="--transport $1" \
+        run_list between "${between_hosts[@]}"
+}
+
+# lab_test [inside|tcp|rdma]...
 lab_test() {
-    local transport failed=()
+    local place failed=()
+    [ $# -gt 0 ] || set -- inside tcp rdma
     export LAB_NAME=$lab_name SLIPSTREAM_TEST_SLOWNESS=3 SLIPSTREAM_ORACLE_SEEDS=1
-    say "end-to-end tests inside a host with Linux ${kernel##*/}"
-    # The test's networks inside a host are namespaces, whose addresses the adapter does not have.
-    SLIPSTREAM_TEST_MIGRATE_ARGUMENTS="--transport tcp" run_list inside "${in_a_host[@]}" || failed+=("inside a host")
-    start_far_host
-    for transport in "${transports[@]}"; do
-        say "end-to-end tests between the two hosts, over $transport"
-        SLIPSTREAM_TEST_HOSTS=$far SLIPSTREAM_TEST_MIGRATE_ARGUMENTS="--transport $transport" \
-            run_list between "${between_hosts[@]}" || failed+=("between hosts, $transport")
+    for place in "$@"; do
+        case $place in
+        inside)
+            say "end-to-end tests inside a host with Linux ${kernel##*/}"
+            # The tests' networks inside a host are namespaces, whose addresses the adapter does not have.
+            SLIPSTREAM_TEST_MIGRATE_ARGUMENTS="--transport tcp" run_list inside "${in_a_host[@]}" || failed+=(inside)
+            ;;
+        tcp | rdma) test_between "$place" || failed+=("$place") ;;
+        *) die "tests are inside, tcp or rdma, not '$place'" ;;
+        esac
     done
     [ ${#failed[@]} = 0 ] || die "lab tests failed: ${failed[*]}"
 }
