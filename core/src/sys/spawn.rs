@@ -66,7 +66,18 @@ pub fn send_descriptors(
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
     let flags = MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None).map(drop)
+    let fd = socket.as_raw_fd();
+    uninterrupted(|| sendmsg::<()>(fd, &[IoSlice::new(bytes)], control, flags, None).map(drop))
+}
+
+/// A socket with a time-out answers EINTR when this process is stopped and goes on, whatever handlers it has.
+fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            other => return other,
+        }
+    }
 }
 
 /// Receives one message into `bytes`, with the descriptors that came along (at most four).
@@ -74,6 +85,10 @@ pub fn recv_descriptors(
     socket: &UnixStream,
     bytes: &mut [u8],
 ) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    uninterrupted(|| receive_once(socket, bytes))
+}
+
+fn receive_once(socket: &UnixStream, bytes: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; 4]);
     let mut iov = [IoSliceMut::new(bytes)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;

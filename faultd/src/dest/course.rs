@@ -17,7 +17,7 @@ use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::TimedThread;
 use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::pidfd::PidFd;
-use slipstream_core::sys::poll;
+use slipstream_core::sys::{poll, task};
 use slipstream_transport::{PageLane, Receiver, Sender};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -83,6 +83,7 @@ impl Course<'_> {
         bulk: impl Iterator<Item = Box<dyn PageLane>>,
         timed: &[TimedThread],
     ) -> Result<()> {
+        task::give_way();
         self.tell("drain", "");
         if let Err(e) = settle_timed(self.process.pid(), timed) {
             tracing::warn!("{e}");

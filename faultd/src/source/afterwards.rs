@@ -23,6 +23,7 @@ use crate::source::record::Record;
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::sys::pidfd::PidFd;
+use slipstream_core::sys::task;
 use slipstream_transport::rdma::Source;
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
@@ -235,6 +236,8 @@ impl Afterwards<'_> {
     /// Serves pages until the destination has them all.
     fn drain(&mut self, live: Live) -> Result<(SharedSender, Completed)> {
         let Live { sender, mut receiver, servers, rdma } = live;
+        // Finding out what is there takes a processor for a while: the first faults come before it.
+        task::give_way();
         self.write_status("drain", None, String::new());
         let registering = rdma.as_ref().map(|source| {
             Registering::start(Registration {
