@@ -6,6 +6,7 @@
 mod edge;
 mod filler;
 mod lab;
+mod latency;
 mod memory;
 mod migration;
 mod parts;
@@ -15,7 +16,7 @@ mod scenario;
 mod touch;
 
 use anyhow::{Context, Result, bail};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use scenario::Plan;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,8 +26,10 @@ use std::process::ExitCode;
 /// Needs root, and memory for two copies of 4 GiB. The `slipstream` binary is taken from `SLIPSTREAM_BIN`, or
 /// from beside this program (`cargo build --release -p slipstream`).
 #[derive(Debug, Parser)]
-#[command(name = "slipstream-bench")]
+#[command(name = "slipstream-bench", args_conflicts_with_subcommands = true)]
 struct Flags {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Runs; each row is the median of them
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -38,6 +41,15 @@ struct Flags {
     quick: bool,
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Measures fault latency, split into its parts, and drain rate between this host and an agent's
+    ///
+    /// On the other host only an agent runs, and this program lies at the same path there, because programs are moved with their
+    /// files. Programs that it has moved end by themselves.
+    Latency(latency::Flags),
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
@@ -45,6 +57,7 @@ fn main() -> ExitCode {
     let result = match words.as_slice() {
         ["__touch", rest @ ..] => touch::main(rest),
         ["__filler", rest @ ..] => filler::main(rest),
+        ["__wander", rest @ ..] => latency::wanderer::main(rest),
         _ => run(&Flags::parse()),
     };
     match result {
@@ -60,9 +73,12 @@ fn run(flags: &Flags) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("moving processes needs root");
     }
+    let slipstream = slipstream_binary()?;
+    if let Some(Command::Latency(flags)) = &flags.command {
+        return latency::run(flags, &slipstream);
+    }
     let plan = if flags.quick { Plan::quick() } else { Plan::full() };
     let runs = if flags.quick { 1 } else { flags.runs };
-    let slipstream = slipstream_binary()?;
     lab::check_memory(plan.bytes_largest())?;
     lab::adopt_orphans()?;
     let machine = report::Machine::here();

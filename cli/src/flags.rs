@@ -165,6 +165,10 @@ pub struct MigrateArgs {
     /// What carries the pages
     #[command(flatten)]
     pub carrier: CarrierArgs,
+    /// Megabytes a second that prefetch may take of the network at most; pages that the process waits for come at once all
+    /// the same
+    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub prefetch_limit: Option<u64>,
     /// Move the process with all its descendants (not in this version)
     #[arg(long)]
     pub tree: bool,

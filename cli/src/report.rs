@@ -20,7 +20,7 @@ pub fn exit_code(outcome: Outcome) -> u8 {
 #[derive(Debug, PartialEq)]
 pub enum End {
     /// With success.
-    Completed(Completed),
+    Completed(Box<Completed>),
     /// Without.
     Failed(Failed),
     /// The display was told to end while the migration goes on.
@@ -56,7 +56,7 @@ impl Story {
             Event::Committed(c) => self.committed = Some(c.id),
             Event::Resumed(r) => self.resumed = Some(r),
             Event::Progress(p) => self.progress = Some(p),
-            Event::Completed(c) => self.end = Some(End::Completed(c)),
+            Event::Completed(c) => self.end = Some(End::Completed(Box::new(c))),
             Event::Failed(f) => self.end = Some(End::Failed(f)),
             Event::Note(_) | Event::HostFact(_) | Event::Status(_) => {}
         }

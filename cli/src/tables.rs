@@ -94,7 +94,7 @@ mod tests {
     use slipstream_faultd::events::{Blocker, Figures, HostFact, Preflight};
 
     fn fact(name: &str, ok: bool) -> HostFact {
-        HostFact { name: name.into(), ok, detail: "as found".into() }
+        HostFact { name: name.into(), ok, detail: "as found".into(), read_us: None }
     }
 
     #[test]

@@ -61,10 +61,16 @@ impl Engine for Wired {
     fn check(&self, args: &CheckArgs) -> Result<Findings> {
         let mut facts: Vec<_> = check_host()
             .into_iter()
-            .map(|f| HostFact { name: f.name.into(), ok: f.ok || !f.required, detail: f.detail })
+            .map(|f| HostFact {
+                name: f.name.into(),
+                ok: f.ok || !f.required,
+                detail: f.detail,
+                read_us: None,
+            })
             .collect();
         // RDMA is never needed: a host without it uses TCP.
-        let adapter = |detail: String| HostFact { name: "RDMA".into(), ok: true, detail };
+        let adapter =
+            |detail: String| HostFact { name: "RDMA".into(), ok: true, detail, read_us: None };
         facts.extend(describe_adapters().into_iter().map(adapter));
         let Some(pid) = args.pid else { return Ok(Findings { facts, preflight: None }) };
         let destination = match (&args.destination, &args.key) {
@@ -77,8 +83,7 @@ impl Engine for Wired {
         let carrier = carrier(&args.carrier);
         let (preflight, transport) =
             source::check::check(pid, &stdio, destination, &carrier, args.timeout);
-        let chosen = |detail| HostFact { name: "transport".into(), ok: true, detail };
-        facts.extend(transport.map(chosen));
+        facts.extend(transport);
         Ok(Findings { facts, preflight: Some(preflight) })
     }
 
@@ -265,6 +270,7 @@ fn source_config(request: &MigrateRequest) -> Result<SourceConfig> {
         run_dir: absolute(&request.args.run_dir)?,
         stdio: stdio_policy(&request.args.stdio),
         carrier: carrier(&request.args.carrier),
+        prefetch_limit: request.args.prefetch_limit.unwrap_or_default() * 1_000_000,
         timeout: request.args.timeout,
     })
 }

@@ -137,21 +137,39 @@ pub struct Progress {
     pub eta_s: Option<f64>,
 }
 
-/// Where the time of faults went: medians and 99th percentiles.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Where the time of faults went, at the destination.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FaultParts {
+    /// From reading the event to the waking of the thread.
+    pub whole: FaultPart,
     /// From reading the event to asking for the page.
-    pub ask_us_p50: u64,
-    /// The same.
-    pub ask_us_p99: u64,
+    pub ask: FaultPart,
     /// From there to the page's arrival.
-    pub network_us_p50: u64,
-    /// The same.
-    pub network_us_p99: u64,
+    pub network: FaultPart,
     /// From there to the waking of the thread.
-    pub install_us_p50: u64,
-    /// The same.
-    pub install_us_p99: u64,
+    pub install: FaultPart,
+}
+
+/// How long a part of the faults took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FaultPart {
+    /// Median.
+    pub us_p50: f64,
+    /// 99th percentile.
+    pub us_p99: f64,
+    /// Upper ends of buckets, each with the number of faults in it; ascending, empty buckets left out.
+    pub histogram_us: Vec<(f64, u64)>,
+}
+
+/// What a drain cost the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceCost {
+    /// Processor time of the session, and of the frozen copy which registers its memory, from the commit on.
+    pub cpu_us: u64,
+    /// Of that, what registering took.
+    pub registration_cpu_us: u64,
+    /// Bytes that were registered for RDMA.
+    pub registered_bytes: u64,
 }
 
 /// The end of a migration that succeeded.
@@ -175,6 +193,9 @@ pub struct Completed {
     /// Where the time of faults went.
     #[serde(default)]
     pub fault_parts: FaultParts,
+    /// What it cost the source.
+    #[serde(default)]
+    pub source: SourceCost,
     /// The process ended by itself before the last page was in.
     pub exited: bool,
 }
@@ -218,7 +239,7 @@ pub struct Note {
 }
 
 /// One finding about this host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostFact {
     /// What was looked at.
     pub name: String,
@@ -226,6 +247,18 @@ pub struct HostFact {
     pub ok: bool,
     /// What was found.
     pub detail: String,
+    /// Of the transport, if it is RDMA: how long the destination took to read a page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_us: Option<ReadTimes>,
+}
+
+/// How long READs of a page took, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReadTimes {
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
 }
 
 /// A side of a migration.
@@ -351,7 +384,11 @@ mod tests {
                 transport: "tcp".into(),
                 why_tcp: String::new(),
                 rdma_bytes: 0,
-                fault_parts: FaultParts::default(),
+                fault_parts: FaultParts {
+                    ask: FaultPart { us_p50: 0.5, us_p99: 2.0, histogram_us: vec![(0.6, 7)] },
+                    ..FaultParts::default()
+                },
+                source: SourceCost { cpu_us: 3, ..SourceCost::default() },
                 exited: false,
             }),
             Event::Failed(Failed {
@@ -361,7 +398,12 @@ mod tests {
                 outcome: Outcome::RolledBack,
             }),
             Event::Note(Note { text: "n".into() }),
-            Event::HostFact(HostFact { name: "n".into(), ok: true, detail: "d".into() }),
+            Event::HostFact(HostFact {
+                name: "n".into(),
+                ok: true,
+                detail: "d".into(),
+                read_us: Some(ReadTimes { p50: 1.5, p99: 2.0 }),
+            }),
             Event::Status(Status {
                 id: "a1".into(),
                 role: Role::Source,

@@ -141,7 +141,7 @@ pub enum DestinationMessage {
     Outcome(Outcome),
     /// Whether reading by RDMA works: if not, why.
     #[prost(message, tag = "11")]
-    RdmaVerdict(Reason),
+    RdmaVerdict(RdmaVerdict),
     /// Nothing is read by RDMA any more, and why; the rest of the drain goes over TCP.
     #[prost(message, tag = "12")]
     RdmaLost(Reason),
@@ -232,6 +232,26 @@ pub struct Hello {
     /// The source's adapters, for `slipstream_transport::rdma`; empty for TCP.
     #[prost(bytes = "vec", tag = "12")]
     pub rdma_candidates: Vec<u8>,
+    /// READs of a page that shall be timed, one after the other: by a check, not by a move.
+    #[prost(uint32, tag = "13")]
+    pub timed_reads: u32,
+    /// Most that prefetch may take, in bytes a second; zero for no limit.
+    #[prost(uint64, tag = "14")]
+    pub prefetch_limit: u64,
+}
+
+/// Whether reading by RDMA works.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct RdmaVerdict {
+    /// Why not; empty if it does.
+    #[prost(string, tag = "1")]
+    pub reason: String,
+    /// Median of the timed READs, nanoseconds.
+    #[prost(uint64, tag = "3")]
+    pub read_ns_p50: u64,
+    /// Their 99th percentile, nanoseconds.
+    #[prost(uint64, tag = "4")]
+    pub read_ns_p99: u64,
 }
 
 /// The process's clocks at one moment.
@@ -370,7 +390,7 @@ pub struct Figures {
 }
 
 /// The end of the drain.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
+#[derive(Clone, PartialEq, Eq, Message)]
 pub struct Completed {
     /// The figures.
     #[prost(message, required, tag = "1")]
@@ -389,27 +409,35 @@ pub struct Completed {
     pub fault_parts: Option<FaultParts>,
 }
 
-/// Where the time of faults went: medians and 99th percentiles, microseconds.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
+/// Where the time of faults went.
+#[derive(Clone, PartialEq, Eq, Message)]
 pub struct FaultParts {
+    /// From reading the event to the waking of the thread.
+    #[prost(message, required, tag = "1")]
+    pub whole: FaultPart,
     /// From reading the event to asking for the page.
-    #[prost(uint64, tag = "1")]
-    pub ask_us_p50: u64,
-    /// The same.
-    #[prost(uint64, tag = "2")]
-    pub ask_us_p99: u64,
+    #[prost(message, required, tag = "2")]
+    pub ask: FaultPart,
     /// From there to the page's arrival.
-    #[prost(uint64, tag = "3")]
-    pub network_us_p50: u64,
-    /// The same.
-    #[prost(uint64, tag = "4")]
-    pub network_us_p99: u64,
+    #[prost(message, required, tag = "3")]
+    pub network: FaultPart,
     /// From there to the waking of the thread.
-    #[prost(uint64, tag = "5")]
-    pub install_us_p50: u64,
-    /// The same.
-    #[prost(uint64, tag = "6")]
-    pub install_us_p99: u64,
+    #[prost(message, required, tag = "4")]
+    pub install: FaultPart,
+}
+
+/// How long a part of the faults took, in nanoseconds.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct FaultPart {
+    /// Median.
+    #[prost(uint64, tag = "1")]
+    pub ns_p50: u64,
+    /// 99th percentile.
+    #[prost(uint64, tag = "2")]
+    pub ns_p99: u64,
+    /// Pairs: the upper end of a bucket, and how many are in it; ascending, empty buckets left out.
+    #[prost(uint64, repeated, tag = "3")]
+    pub histogram: Vec<u64>,
 }
 
 /// Regions of the source's memory: little-endian records of 20 bytes: start address (64 bits), length in bytes (64

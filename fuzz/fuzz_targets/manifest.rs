@@ -24,7 +24,7 @@ fuzz_target!(|bytes: &[u8]| {
     });
     let _ = Layout::new(regions.collect());
     // What a session notes of it for the next.
-    let account = Account::new(&manifest, &[4096..8192]);
+    let account = Account::new(&manifest, &[4096..8192], 1);
     let again = Account::decode(&*account.encode_to_vec()).expect("our own");
     assert_eq!(again, account);
 });

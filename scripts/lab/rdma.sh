@@ -75,6 +75,43 @@ read_bandwidth() {
     wait $!
 }
 
+# ib_read_lat between the two hosts with a page, its median in microseconds.
+read_latency() {
+    run_on 1 ib_read_lat -d rxe0 -x 1 -s 4096 -n 1000 >/dev/null 2>&1 &
+    sleep 2
+    run_on 2 ib_read_lat -d rxe0 -x 1 -s 4096 -n 1000 10.77.0.1 2>/dev/null | awk '$1 == 4096 { print $5 }'
+    wait $!
+}
+
+# What faults and drains cost, and beside it what the RDMA tools say of the same network. Figures are told, not judged.
+measure() {
+    local bench
+    bench=$(dirname "$bin")/slipstream-bench
+    [ -x "$bench" ] || { say "skipped: latency: there is no slipstream-bench beside $bin"; return 0; }
+    say "latency of faults over RDMA, and what a drain costs the source"
+    run_on 1 env SLIPSTREAM_BIN="$bin" "$bench" latency "tcp://$address" --key "$share/key" --transport rdma \
+        --mb "$mb" --pages 2000 --json "$share/latency.json" --svg "$share/latency.svg" >"$share/latency.out" 2>"$share/latency.err" ||
+        { cat "$share/latency.err" "$share/agent.log" >&2; die "slipstream-bench latency failed"; }
+    sed '/^$/,$d' "$share/latency.out"
+    python3 - "$share/latency.json" "$(read_latency)" "$(read_bandwidth)" <<'P'
+import json, sys
+told = json.load(open(sys.argv[1]))
+m, latency, bandwidth = told["measured"], float(sys.argv[2]), float(sys.argv[3])
+network = {name: m[name]["fault_parts"]["network"]["us_p50"] for name in ("alone", "beside")}
+cpu = {name: m[name]["source"]["cpu_us"] for name in ("idle", "tcp")}
+registered = m["idle"]["source"]
+per_byte = registered["registration_cpu_us"] / max(registered["registered_bytes"], 1)
+for what, ratio, wanted in (
+    (f"fault's network part / ib_read_lat ({latency:.0f} us), alone", network["alone"] / latency, "<= 1.15"),
+    ("the same beside prefetch", network["beside"] / latency, "<= 2.5"),
+    (f"drain / ib_read_bw ({bandwidth:.1f} MB/s)", m["idle"]["mb_per_s"] / bandwidth, ">= 0.85"),
+    ("processor time of the source, RDMA / TCP", cpu["idle"] / max(cpu["tcp"], 1), "<= 0.1"),
+    ("registration / copy, per byte", per_byte * m["idle"]["bytes"] / m["copy_us"], "<= 0.3"),
+):
+    print(f"{what:<60} {ratio:>9.2f} {wanted:>9}")
+P
+}
+
 # RoCE packets (UDP port 4791) are lost from the middle of a drain on: the rest comes over TCP.
 check_fail_over() {
     local mover note
@@ -121,6 +158,7 @@ lab_rdma() {
     start_agent_on_2
     run_on 1 "$bin" check | grep -q 'rxe0 port 1: Ethernet, active' || die "check does not list the adapter"
     check_zero_copy
+    measure
     check_fail_over
     check_without_adapter
     say "lab: everything passed"

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use slipstream_tests::moves::moves;
-use slipstream_tests::{Build, Hosts, Program};
+use slipstream_tests::{Build, Hosts, Migration, Program};
 
 macro_rules! moved_programs {
     ($($name:ident),* $(,)?) => {
@@ -84,4 +84,27 @@ fn drain_side_by_side() {
         moved.wait_end(Duration::from_secs(90));
         program.assert_ok();
     }
+}
+
+/// What faults don't bring comes at the rate that was allowed.
+#[test]
+fn prefetch_limit_is_kept() {
+    const MB_PER_S: f64 = 100.0;
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_signals"), &[]);
+    let limited = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", &MB_PER_S.to_string()]);
+    };
+    let outcome = Migration::start(&hosts, program.pid, &agent.destination(), limited).wait();
+    let completed = outcome.event("completed").expect("the event completed").clone();
+    let moved = outcome.assert_completed();
+    let number = |key: &str| completed[key].as_f64().expect("a number");
+    let prefetched = number("bytes") - 4096.0 * number("faults");
+    let rate = prefetched / number("drain_us");
+    assert!(prefetched > 50e6, "faults brought it all: nothing was tested: {completed:#}");
+    assert!(rate <= 1.05 * MB_PER_S, "{rate} MB/s: {completed:#}");
+    program.tell();
+    moved.wait_end(Duration::from_secs(60));
+    program.assert_ok();
 }

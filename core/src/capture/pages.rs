@@ -17,6 +17,9 @@ const PAGE: u64 = 4096;
 const ARGS_LEN_MAX: u64 = 128 * 1024;
 /// Entries of a robust futex list that are looked at (`ROBUST_LIST_LIMIT` of the kernel is 2048).
 const ROBUST_ENTRIES_MAX: usize = 64;
+/// Pages that registers point to, of all threads: what these touch next.
+const POINTED_PAGES_MAX: usize = 64;
+
 /// Finds guard regions in anonymous memory.
 pub fn collect_guards(mappings: &[Mapping], map: &Pagemap) -> Result<Vec<AddressRange>> {
     let mut guards: Vec<AddressRange> = Vec::new();
@@ -101,7 +104,22 @@ fn certain_pages(m: &Manifest, mem: &ProcMem) -> BTreeSet<u64> {
         add(start, end.saturating_sub(start).min(ARGS_LEN_MAX));
     }
     pages.retain(|page| in_lazy(m, *page));
+    pages.extend(pointed_pages(m));
     pages
+}
+
+/// Where registers point to.
+fn pointed_pages(m: &Manifest) -> BTreeSet<u64> {
+    let regs = m.threads.iter().filter_map(|t| Regs::from_bytes(&t.regs));
+    let pages = regs.flat_map(|r| r.general()).map(|pointer| pointer & !(PAGE - 1));
+    let mut pointed = BTreeSet::new();
+    for page in pages.filter(|page| in_lazy(m, *page)) {
+        if pointed.len() == POINTED_PAGES_MAX {
+            break;
+        }
+        pointed.insert(page);
+    }
+    pointed
 }
 
 /// Walks a robust futex list: the kernel does the same when the thread dies, and gives up at the first

@@ -3,6 +3,7 @@
 
 use crate::dest::drain::{Data, Delivered, Drain};
 use crate::dest::faults::unreadable;
+use crate::dest::limit::Limit;
 use crate::dest::window::Window;
 use crate::error::{Error, Result};
 use crate::pages::{Piece, RunClaim};
@@ -31,6 +32,7 @@ struct Worker {
     pieces: Vec<Piece>,
     placement: Placement,
     window: Window,
+    limit: Limit,
 }
 
 /// A run under way.
@@ -46,7 +48,7 @@ struct Run {
 }
 
 /// Starts the thread of a lane. Failures are noted in the drain.
-pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
+pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>, limit: Limit) -> JoinHandle<()> {
     std::thread::spawn(move || {
         task::give_way();
         let mut worker = Worker {
@@ -57,6 +59,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> JoinHandle<()> {
             pieces: Vec::new(),
             placement: Placement::of_this_thread(),
             window: Window::new(Instant::now()),
+            limit,
         };
         if let Err(e) = worker.run() {
             for run in &worker.runs {
@@ -88,8 +91,13 @@ impl Worker {
         }
         while self.lane.outstanding_bytes() < window {
             // At least two requests under way, or the pipe runs dry between them.
-            let len_max = (window / 2).min(RUN_BYTES_MAX);
+            let allowed = self.limit.run_bytes_max(Instant::now());
+            let len_max = (window / 2).min(RUN_BYTES_MAX).min(allowed);
+            if len_max == 0 {
+                break;
+            }
             let Some(claim) = self.drain.next_run(len_max) else { break };
+            self.limit.spend(claim.len_bytes);
             let page_size = self.drain.shared(|state| {
                 let space = state.pages.space(claim.space);
                 space.and_then(|s| s.locate(claim.current_address)).map_or(4096, |l| l.page_size)

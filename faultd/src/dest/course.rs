@@ -4,6 +4,7 @@
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::drain::Drain;
 use crate::dest::held::Account;
+use crate::dest::limit::Limit;
 use crate::dest::present::receive_present_map;
 use crate::dest::rdma::Watch;
 use crate::dest::{bulk, faults, finish};
@@ -88,7 +89,11 @@ impl Course<'_> {
         if let Err(e) = settle_timed(self.process.pid(), timed) {
             tracing::warn!("{e}");
         }
-        let lanes = bulk.map(|lane| bulk::start(Arc::clone(&self.drain), lane));
+        let bulk: Vec<_> = bulk.collect();
+        let limit = self.account.prefetch_limit.div_ceil(bulk.len().max(1) as u64);
+        let lanes = bulk.into_iter().map(|lane| {
+            bulk::start(Arc::clone(&self.drain), lane, Limit::new(limit, Instant::now()))
+        });
         let threads: Vec<_> = lanes.chain(std::iter::once(fault_thread)).collect();
         let manifest = self.account.manifest();
         if let Err(e) = self.fetch(link, &manifest) {

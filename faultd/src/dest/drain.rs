@@ -443,7 +443,7 @@ impl Drain {
     /// How far it is.
     pub fn figures(&self) -> Figures {
         let s = self.read().pages.statistics();
-        let (faults, fault_us_p50, fault_us_p99) = lock(&self.fault_times).whole();
+        let (faults, fault_us_p50, fault_us_p99) = lock(&self.fault_times).whole_us();
         Figures {
             pages_present: s.pages_present + s.pages_gone,
             pages_total: s.pages_total,

@@ -41,13 +41,17 @@ pub struct Account {
     /// `mlockall` for mappings to come, as in the manifest.
     #[prost(uint32, tag = "3")]
     pub future_locks: u32,
+    /// Most that prefetch may take, in bytes a second; zero for no limit.
+    #[prost(uint64, tag = "4")]
+    pub prefetch_limit: u64,
 }
 
 impl Account {
     /// What has to be known about a restored process.
-    pub fn new(m: &Manifest, ours: &[Range<u64>]) -> Self {
+    pub fn new(m: &Manifest, ours: &[Range<u64>], prefetch_limit: u64) -> Self {
         let ours = ours.iter().flat_map(|r| [r.start, r.end]).collect();
-        Self { mappings: m.mappings.clone(), ours, future_locks: m.process.future_locks }
+        let (mappings, future_locks) = (m.mappings.clone(), m.process.future_locks);
+        Self { mappings, ours, future_locks, prefetch_limit }
     }
 
     /// What restore left mapped.

@@ -8,6 +8,7 @@ pub mod faults;
 pub mod finish;
 pub mod held;
 pub mod journal;
+pub mod limit;
 pub mod lost;
 pub mod present;
 pub mod rdma;

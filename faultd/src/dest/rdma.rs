@@ -3,7 +3,7 @@
 use crate::carrier::{Carrier, Wish, refusal};
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::error::{Error, Result};
-use crate::protocol::{DestinationMessage, Reason, Regions as Told, SourceMessage};
+use crate::protocol::{DestinationMessage, RdmaVerdict, Reason, Regions as Told, SourceMessage};
 use slipstream_transport::rdma::{Health, Reader, Regions};
 use slipstream_transport::{Channel, Pace, PageLane, Receiver, Sender, TcpPageLane};
 use std::net::IpAddr;
@@ -47,27 +47,32 @@ impl Choice {
         Ok(Self { reader: None, pick: Vec::new(), why_tcp })
     }
 
-    /// Connects to the source's adapter and reads once. Where that fails it will be TCP; only a broken control
-    /// connection is an error.
+    /// Connects to the source's adapter and reads, once or as often as shall be timed. Where that fails it will be TCP;
+    /// only a broken control connection is an error.
     pub fn connect(
         &mut self,
-        sender: &mut Sender,
-        receiver: &mut Receiver,
+        (sender, receiver): (&mut Sender, &mut Receiver),
         timeout: Duration,
+        timed_reads: u32,
     ) -> Result<()> {
         let Some(reader) = &mut self.reader else { return Ok(()) };
         let endpoint = match hear_source(receiver, Some(timeout))? {
             SourceMessage::RdmaEndpoint(endpoint) => endpoint,
             _ => return unexpected("the source's end of an RDMA connection"),
         };
-        let reason = match reader.connect(&endpoint) {
-            Ok(()) => String::new(),
-            Err(e) => format!("destination: {e}"),
+        let tried = reader.connect(&endpoint).and_then(|()| reader.time_reads(timed_reads));
+        let (reason, times) = match tried {
+            Ok(times) => (String::new(), times),
+            Err(e) => (format!("destination: {e}"), Vec::new()),
         };
+        let at = |percent: usize| {
+            times.get(times.len() * percent / 100).map_or(0, |t| t.as_nanos() as u64)
+        };
+        let (read_ns_p50, read_ns_p99) = (at(50), at(99));
         if !reason.is_empty() || endpoint.is_empty() {
             self.reader = None;
         }
-        let verdict = Reason { reason, remedy: String::new() };
+        let verdict = RdmaVerdict { reason, read_ns_p50, read_ns_p99 };
         say_to_source(sender, DestinationMessage::RdmaVerdict(verdict))
     }
 

@@ -56,7 +56,12 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
             let exited = status.phase == "exited";
             let done = over.and_then(|bytes| Completed::decode(&*bytes).ok()).unwrap_or_default();
             let total_us = started.elapsed().as_micros() as u64;
-            let told = crate::source::figures::completed(&done, total_us, String::new());
+            let told = crate::source::figures::completed(
+                &done,
+                total_us,
+                String::new(),
+                events::SourceCost::default(),
+            );
             sink(Event::Completed(events::Completed { exited, ..told }));
             return Ok(());
         }

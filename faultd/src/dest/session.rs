@@ -123,7 +123,7 @@ impl Session<'_> {
     fn run(&mut self) -> Result<()> {
         let Some(hello) = self.negotiate()? else { return Ok(()) };
         let mut prepared = self.prepare(&hello)?;
-        let ready = self.restore(&mut prepared).and_then(|at| {
+        let ready = self.restore(&mut prepared, hello.prefetch_limit).and_then(|at| {
             self.await_commit()?;
             Ok(at)
         });
@@ -200,7 +200,8 @@ impl Session<'_> {
     }
 
     fn prepare(&mut self, hello: &Hello) -> Result<Prepared> {
-        self.rdma.connect(&mut self.sender, &mut self.receiver, STEP_TIMEOUT)?;
+        let ends = (&mut self.sender, &mut self.receiver);
+        self.rdma.connect(ends, STEP_TIMEOUT, hello.timed_reads)?;
         let bulk_lanes = hello.bulk_lanes.clamp(1, BULK_LANES_MAX);
         let lanes = Lanes { socket: &self.lanes, key: &self.key, route: self.args.route };
         let (urgent, bulk) = lanes.accept(bulk_lanes, &mut self.receiver)?;
@@ -284,7 +285,7 @@ impl Session<'_> {
     }
 
     /// Hears the manifest and brings the process to its gate.
-    fn restore(&mut self, prepared: &mut Prepared) -> Result<AtTheGate> {
+    fn restore(&mut self, prepared: &mut Prepared, prefetch_limit: u64) -> Result<AtTheGate> {
         let encoded = staged::receive_manifest(
             &mut self.sender,
             &mut self.receiver,
@@ -302,7 +303,7 @@ impl Session<'_> {
         let mut ours = prepared.restorer.ranges();
         ours.push(mapped.ring_range.clone());
         let newborn = prepared.restorer.newborn();
-        let account = Account::new(&manifest, &ours);
+        let account = Account::new(&manifest, &ours, prefetch_limit);
         let keeper = Arc::clone(&newborn.keeper);
         let (pid, pace) = (newborn.process.pid(), Arc::clone(&prepared.pace));
         let drain = Arc::new(Drain::new(&manifest, mapped, pid, keeper, pace)?);

@@ -130,7 +130,7 @@ pub fn run(
 }
 
 fn tell_over(link: &mut Link<'_>, completed: Completed) -> Result<()> {
-    let outcome = Outcome { run: true, completed: Some(completed), ..Outcome::default() };
+    let outcome = Outcome { run: true, completed: Some(completed.clone()), ..Outcome::default() };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
     goodbye(link, completed)
 }

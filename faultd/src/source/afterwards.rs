@@ -15,6 +15,7 @@ use crate::protocol::{
 };
 use crate::rundir::MigrationDir;
 use crate::source::commit;
+use crate::source::cost::Meter;
 use crate::source::figures::{completed, progress};
 use crate::source::gone;
 use crate::source::page_server::{PageServers, send_present_map};
@@ -69,6 +70,8 @@ pub struct Afterwards<'a> {
     pub journal: Journal,
     /// Why pages travel over TCP, as far as they do.
     pub why_tcp: String,
+    /// What it costs here.
+    pub meter: Meter,
     /// When the migration, or this session's part of it, began.
     pub started: Instant,
     /// Where events go.
@@ -81,7 +84,7 @@ const LOST_LEN_MAX: usize = 500;
 enum Joined {
     Live(Box<Live>),
     Never(SharedSender),
-    Over(SharedSender, Completed),
+    Over(SharedSender, Box<Completed>),
     /// The destination's copy was ended.
     Lost(String),
 }
@@ -114,6 +117,7 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
         key,
         journal,
         why_tcp: "the migration was taken up again".into(),
+        meter: Meter::start(pid),
         started: Instant::now(),
         sink,
         dir,
@@ -202,7 +206,7 @@ impl Afterwards<'_> {
             Next::Ask => return Err(Error::Protocol("RUN was taken back".into())),
         }
         if let Some(done) = outcome.completed {
-            return Ok(Joined::Over(SharedSender::new(sender), done));
+            return Ok(Joined::Over(SharedSender::new(sender), Box::new(done)));
         }
         if !outcome.lost.is_empty() {
             return Ok(Joined::Lost(outcome.lost.chars().take(LOST_LEN_MAX).collect()));
@@ -247,6 +251,7 @@ impl Afterwards<'_> {
                 scratch: self.scratch.range(),
                 hot: Arc::clone(servers.hot()),
                 sender: sender.clone(),
+                registered_bytes: Arc::clone(self.meter.registered_bytes()),
             })
         });
         let done = self.serve(&sender, &mut receiver, registering);
@@ -299,13 +304,14 @@ impl Afterwards<'_> {
 
     fn finish(self, sender: &SharedSender, done: &Completed) -> Result<()> {
         failpoints::reached("source-completed");
+        let cost = self.meter.read();
         commit::drop_copy(self.pid, &self.scratch)?;
         failpoints::reached("source-dropped");
         // The destination may be gone already: it has nothing left to do.
         let _ = say_to_destination(&mut sender.lock(), SourceMessage::Bye(Empty {}));
         self.dir.remove();
         let total_us = self.started.elapsed().as_micros() as u64;
-        (self.sink)(Event::Completed(completed(done, total_us, self.why_tcp)));
+        (self.sink)(Event::Completed(completed(done, total_us, self.why_tcp, cost)));
         Ok(())
     }
 

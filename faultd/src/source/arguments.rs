@@ -21,6 +21,7 @@ pub fn to_args(config: &SourceConfig) -> Vec<OsString> {
         config.run_dir.clone().into(),
         stdio,
         config.timeout.as_micros().to_string().into(),
+        config.prefetch_limit.to_string().into(),
     ];
     args.extend(config.carrier.to_args());
     args
@@ -28,7 +29,10 @@ pub fn to_args(config: &SourceConfig) -> Vec<OsString> {
 
 /// The configuration from arguments; `None` when they are malformed.
 pub fn from_args(args: &[OsString]) -> Option<SourceConfig> {
-    let [pid, destination, key, run_dir, stdio, timeout, carrier @ ..] = args else { return None };
+    let [pid, destination, key, run_dir, stdio, timeout, prefetch_limit, carrier @ ..] = args
+    else {
+        return None;
+    };
     let number = |text: &OsStr| text.to_str()?.parse::<u64>().ok();
     Some(SourceConfig {
         pid: i32::try_from(number(pid)?).ok()?,
@@ -41,6 +45,7 @@ pub fn from_args(args: &[OsString]) -> Option<SourceConfig> {
             path => StdioPolicy::File(path.to_vec()),
         },
         carrier: Carrier::from_args(carrier)?,
+        prefetch_limit: number(prefetch_limit)?,
         timeout: Duration::from_micros(number(timeout)?),
     })
 }
@@ -58,6 +63,7 @@ mod tests {
             run_dir: "/r".into(),
             stdio: StdioPolicy::File(b"/log".to_vec()),
             carrier: Carrier::default(),
+            prefetch_limit: 5,
             timeout: Duration::from_millis(1500),
         };
         assert_eq!(from_args(&to_args(&config)), Some(config));

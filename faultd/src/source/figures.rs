@@ -1,8 +1,11 @@
 //! Figures of a drain, as whoever watches is told them.
 
-use crate::events::{self, per_second};
-use crate::protocol::{Completed, Figures};
+use crate::events::{self, SourceCost, per_second};
+use crate::protocol::{Completed, FaultPart, Figures};
 use std::time::Instant;
+
+/// Buckets of a histogram, from a peer, that are passed on.
+const BUCKETS_MAX: usize = 256;
 
 /// Figures as they are told, with rates since `before`.
 pub fn figures(now: &Figures, before: &Figures, elapsed_us: u64) -> events::Figures {
@@ -31,8 +34,13 @@ pub fn progress(now: &Figures, since: Instant, before: &Figures) -> events::Prog
 }
 
 /// The end of a migration, as it is told. `why_tcp` is empty when nothing stood against RDMA.
-pub fn completed(done: &Completed, total_us: u64, why_tcp: String) -> events::Completed {
-    let p = done.fault_parts.unwrap_or_default();
+pub fn completed(
+    done: &Completed,
+    total_us: u64,
+    why_tcp: String,
+    source: SourceCost,
+) -> events::Completed {
+    let parts = done.fault_parts.clone().unwrap_or_default();
     events::Completed {
         figures: figures(&done.figures, &Figures::default(), done.drain_us),
         total_us,
@@ -41,13 +49,22 @@ pub fn completed(done: &Completed, total_us: u64, why_tcp: String) -> events::Co
         why_tcp,
         rdma_bytes: done.rdma_bytes,
         fault_parts: events::FaultParts {
-            ask_us_p50: p.ask_us_p50,
-            ask_us_p99: p.ask_us_p99,
-            network_us_p50: p.network_us_p50,
-            network_us_p99: p.network_us_p99,
-            install_us_p50: p.install_us_p50,
-            install_us_p99: p.install_us_p99,
+            whole: part(&parts.whole),
+            ask: part(&parts.ask),
+            network: part(&parts.network),
+            install: part(&parts.install),
         },
+        source,
         exited: done.exited,
+    }
+}
+
+fn part(part: &FaultPart) -> events::FaultPart {
+    let us = |ns: u64| ns as f64 / 1e3;
+    let buckets = part.histogram.as_chunks::<2>().0.iter().take(BUCKETS_MAX);
+    events::FaultPart {
+        us_p50: us(part.ns_p50),
+        us_p99: us(part.ns_p99),
+        histogram_us: buckets.map(|[end, count]| (us(*end), *count)).collect(),
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::control::say_to_destination;
 use crate::error::{Error, Result};
-use crate::events::{self, Event, Outcome as End, Role, Status};
+use crate::events::{self, Event, Outcome as End, Role, SourceCost, Status};
 use crate::protocol::{Empty, Outcome, SourceMessage};
 use crate::rundir::MigrationDir;
 use crate::source::afterwards::{ask, paused_since};
@@ -40,6 +40,7 @@ pub fn settle(
             &done,
             started.elapsed().as_micros() as u64,
             String::new(),
+            SourceCost::default(),
         )));
         return Ok(());
     }

@@ -80,7 +80,7 @@ pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
 }
 
 /// The opening message.
-fn hello(id: &str, pid: i32, local: &Local, rdma_candidates: &[u8]) -> Result<Hello> {
+fn hello(id: &str, pid: i32, local: &Local, wants: &Wants<'_>) -> Result<Hello> {
     let lines = maps::read(pid)?;
     let offsets = clocks::namespace_offsets(&pid.to_string())?;
     let vdso = match lines.iter().find(|l| l.path == b"[vdso]") {
@@ -104,8 +104,21 @@ fn hello(id: &str, pid: i32, local: &Local, rdma_candidates: &[u8]) -> Result<He
         vdso,
         bulk_lanes: BULK_LANES,
         has_digests: false,
-        rdma_candidates: rdma_candidates.to_vec(),
+        rdma_candidates: wants.rdma_candidates.to_vec(),
+        timed_reads: wants.timed_reads,
+        prefetch_limit: wants.prefetch_limit,
     })
+}
+
+/// What is asked of the destination beside the process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wants<'a> {
+    /// The source's adapters; empty for TCP.
+    pub rdma_candidates: &'a [u8],
+    /// READs that shall be timed.
+    pub timed_reads: u32,
+    /// Most that prefetch may take, in bytes a second; zero for no limit.
+    pub prefetch_limit: u64,
 }
 
 /// Says hello and hears the verdict; a destination that can't tell files by device and inode is told
@@ -116,10 +129,10 @@ pub fn agree(
     id: &str,
     pid: i32,
     local: &mut Local,
-    rdma_candidates: &[u8],
+    wants: &Wants<'_>,
     timeout: Duration,
 ) -> Result<Verdict> {
-    let mut hello = hello(id, pid, local, rdma_candidates)?;
+    let mut hello = hello(id, pid, local, wants)?;
     loop {
         say_to_destination(sender, SourceMessage::Hello(hello.clone()))?;
         let verdict = match hear_destination(receiver, Some(timeout))? {

@@ -4,6 +4,7 @@ pub mod afterwards;
 pub mod arguments;
 pub mod check;
 pub mod commit;
+pub mod cost;
 pub mod events_out;
 pub mod figures;
 pub mod gone;

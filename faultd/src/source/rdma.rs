@@ -3,7 +3,9 @@
 use crate::carrier::{Carrier, Wish};
 use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::Result;
-use crate::protocol::{DestinationMessage, RegionKey, Regions, SourceMessage, Verdict};
+use crate::protocol::{
+    DestinationMessage, RdmaVerdict, RegionKey, Regions, SourceMessage, Verdict,
+};
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::register::{Plan, RUN_BYTES_MIN, Registrar, Target};
@@ -33,6 +35,10 @@ pub struct Agreed {
     pub source: Option<Source>,
     /// Why it is TCP, if it is.
     pub why_tcp: String,
+    /// Median of the READs that the destination timed, nanoseconds; zero for none.
+    pub read_ns_p50: u64,
+    /// Their 99th percentile.
+    pub read_ns_p99: u64,
 }
 
 impl Offer {
@@ -71,7 +77,7 @@ impl Offer {
         timeout: Duration,
     ) -> Result<Agreed> {
         if let Some(why_tcp) = self.hindrance(verdict) {
-            return Ok(Agreed { source: None, why_tcp });
+            return Ok(Agreed::tcp(why_tcp));
         }
         let Some(mut source) = self.source else { return unexpected("an adapter") };
         let lanes = verdict.bulk_lanes.min(64) as usize + 1;
@@ -81,13 +87,23 @@ impl Offer {
         };
         say_to_destination(sender, SourceMessage::RdmaEndpoint(endpoint))?;
         let theirs = match hear_destination(receiver, Some(timeout))? {
-            DestinationMessage::RdmaVerdict(verdict) => verdict.reason,
+            DestinationMessage::RdmaVerdict(verdict) => verdict,
             _ => return unexpected("whether RDMA works"),
         };
-        Ok(match ours.or_else(|| (!theirs.is_empty()).then_some(theirs)) {
-            None => Agreed { source: Some(source), why_tcp: String::new() },
-            Some(why_tcp) => Agreed { source: None, why_tcp },
+        let RdmaVerdict { reason, read_ns_p50, read_ns_p99 } = theirs;
+        Ok(match ours.or_else(|| (!reason.is_empty()).then_some(reason)) {
+            None => {
+                let why_tcp = String::new();
+                Agreed { source: Some(source), why_tcp, read_ns_p50, read_ns_p99 }
+            }
+            Some(why_tcp) => Agreed::tcp(why_tcp),
         })
+    }
+}
+
+impl Agreed {
+    fn tcp(why_tcp: String) -> Self {
+        Self { source: None, why_tcp, read_ns_p50: 0, read_ns_p99: 0 }
     }
 }
 
@@ -122,6 +138,8 @@ pub struct Registration {
     pub hot: Arc<AtomicU64>,
     /// To the destination.
     pub sender: SharedSender,
+    /// Counts what has been registered.
+    pub registered_bytes: Arc<AtomicU64>,
 }
 
 /// A thread that registers memory. Dropping it ends it; regions stay until the adapter is dropped.
@@ -198,6 +216,8 @@ impl Registration {
                 len_bytes: r.len_bytes,
                 rkey: r.rkey,
             });
+            let bytes = results.iter().flatten().map(|r| r.len_bytes).sum();
+            self.registered_bytes.fetch_add(bytes, Ordering::Relaxed);
             let regions = Regions::pack(keys);
             if !regions.records.is_empty() {
                 say_to_destination(&mut self.sender.lock(), SourceMessage::Regions(regions))?;

@@ -14,8 +14,9 @@ use crate::protocol::{ClockReading, DestinationMessage, Empty, Reason, SourceMes
 use crate::rundir::{self, MigrationDir};
 use crate::source::afterwards::{Afterwards, Live};
 use crate::source::commit;
+use crate::source::cost::Meter;
 use crate::source::interrupt::Interrupts;
-use crate::source::local::{self, Local};
+use crate::source::local::{self, Local, Wants};
 use crate::source::page_server::PageServers;
 use crate::source::presend::{Captured, Presender};
 use crate::source::rdma::{Agreed, Offer, SharedSender};
@@ -51,6 +52,8 @@ pub struct SourceConfig {
     pub stdio: StdioPolicy,
     /// What shall carry the pages.
     pub carrier: Carrier,
+    /// Most that prefetch may take, in bytes a second; zero for no limit.
+    pub prefetch_limit: u64,
     /// Bound on connecting, each handshake, the freeze, and the destination's preparations.
     pub timeout: Duration,
 }
@@ -174,7 +177,7 @@ impl<'a> Session<'a> {
         if resumed {
             self.enter("drain");
         }
-        let Connections { sender, receiver, key, rdma: Agreed { source, why_tcp }, .. } = link;
+        let Connections { sender, receiver, key, rdma: Agreed { source, why_tcp, .. }, .. } = link;
         let live = resumed.then(|| Live {
             sender: SharedSender::new(sender),
             receiver,
@@ -186,6 +189,7 @@ impl<'a> Session<'a> {
             memory: past.memory,
             journal: past.journal,
             why_tcp,
+            meter: Meter::start(self.config.pid),
             started: self.started,
             sink: &mut *self.sink,
             scratch,
@@ -271,9 +275,9 @@ impl<'a> Session<'a> {
         let (mut sender, mut receiver) = channel.split();
         let pid = self.config.pid;
         let timeout = self.config.timeout;
-        let candidates = &offer.candidates;
-        let verdict =
-            local::agree(&mut sender, &mut receiver, id, pid, local, candidates, timeout)?;
+        let prefetch_limit = self.config.prefetch_limit;
+        let wants = Wants { rdma_candidates: &offer.candidates, prefetch_limit, timed_reads: 0 };
+        let verdict = local::agree(&mut sender, &mut receiver, id, pid, local, &wants, timeout)?;
         let mut blockers: Vec<_> = verdict
             .blockers
             .iter()

@@ -12,7 +12,7 @@ use super::wire::{
 };
 use super::{PROBE_LEN, Selection, probe_content};
 use crate::error::{Error, Result};
-use crate::lane::PageLane;
+use crate::lane::{PAGE_LEN_BYTES, PageLane};
 use crate::tcp::TcpPageLane;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -22,6 +22,10 @@ use std::time::{Duration, Instant};
 const DEPTH: u32 = 64;
 /// For one READ of the probe.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most READs that are timed.
+const TIMED_READS_MAX: u32 = 10_000;
+/// For all of them.
+const TIMED_READS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An adapter of this host, and queue pairs for the lanes. Queue pairs are dropped before the domain.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub struct Reader {
     domain: Arc<Domain>,
     candidate: Candidate,
     health: Arc<Health>,
+    /// Of the source: where the probe lies, and its key.
+    probe: Option<(u64, u32)>,
 }
 
 impl Reader {
@@ -60,7 +66,7 @@ impl Reader {
         let pairs = (0..lanes).map(|_| QueuePair::new(&domain, DEPTH, here, Use::Target));
         let pairs = pairs.collect::<Result<Vec<_>>>()?;
         let pick = Pick { candidate: their_index as u16, end: end(&candidate, here, &pairs) };
-        Ok((Self { pairs, domain, candidate, health }, encode_pick(&pick)))
+        Ok((Self { pairs, domain, candidate, health, probe: None }, encode_pick(&pick)))
     }
 
     /// Connects to the source's endpoint, and reads the probe over every queue pair.
@@ -70,6 +76,7 @@ impl Reader {
             return Err(malformed("number of queue pairs"));
         }
         self.connect_pairs(&end)?;
+        self.probe = Some((probe_address, probe_rkey));
         let content = probe_content(probe_seed);
         let buffer = Buffer::new(&self.domain, PROBE_LEN * self.pairs.len(), Use::Target)?;
         let probed = self.pairs.iter().enumerate().try_for_each(|(index, pair)| {
@@ -81,7 +88,7 @@ impl Reader {
                 signalled: Some(0),
             };
             pair.read(&buffer, &[request])?;
-            await_probe(pair)?;
+            await_read(pair, || std::thread::sleep(Duration::from_micros(100)))?;
             let right = buffer.bytes(index * PROBE_LEN, PROBE_LEN) == content;
             let wrong =
                 || Error::Rdma { what: "a READ brought other bytes than were there".into() };
@@ -92,6 +99,39 @@ impl Reader {
             self.pairs.clear();
         }
         probed
+    }
+
+    /// Times READs of a page, one after the other, on the queue pair for faults: from posting to completion, ascending. Of
+    /// so many, no more than fit a few seconds.
+    pub fn time_reads(&mut self, reads: u32) -> Result<Vec<Duration>> {
+        let (Some((remote_address, rkey)), Some(pair)) = (self.probe, self.pairs.first()) else {
+            return Ok(Vec::new());
+        };
+        let buffer = Buffer::new(&self.domain, PAGE_LEN_BYTES as usize, Use::Target)?;
+        let mut times = Vec::new();
+        let deadline = Instant::now() + TIMED_READS_TIMEOUT;
+        let timed = (0..reads.min(TIMED_READS_MAX)).take_while(|_| Instant::now() < deadline);
+        let outcome = timed.into_iter().try_for_each(|_| {
+            let request = ReadRequest {
+                remote_address,
+                rkey,
+                offset: 0,
+                len_bytes: PAGE_LEN_BYTES,
+                signalled: Some(0),
+            };
+            let posted = Instant::now();
+            pair.read(&buffer, &[request])?;
+            await_read(pair, std::hint::spin_loop)?;
+            times.push(posted.elapsed());
+            Ok(())
+        });
+        if let Err(e) = outcome {
+            // Nothing may be written to the buffer once it is gone.
+            self.pairs.clear();
+            return Err(e);
+        }
+        times.sort_unstable();
+        Ok(times)
     }
 
     fn connect_pairs(&self, end: &End) -> Result<()> {
@@ -122,13 +162,14 @@ impl Reader {
     }
 }
 
-fn await_probe(pair: &QueuePair) -> Result<()> {
+/// Takes the completion of the only READ under way.
+fn await_read(pair: &QueuePair, pause: impl Fn()) -> Result<()> {
     let deadline = Instant::now() + PROBE_TIMEOUT;
     let mut found = Vec::new();
     while Instant::now() < deadline {
         pair.poll(&mut found)?;
         match found.first() {
-            None => std::thread::sleep(Duration::from_micros(100)),
+            None => pause(),
             Some(Completion { error: None, .. }) => return Ok(()),
             Some(Completion { error: Some(status), .. }) => {
                 let what = format!("a READ failed: {}", status_name(*status));

@@ -47,6 +47,15 @@ impl Regs {
         std::ptr::from_mut(self).cast()
     }
 
+    /// The general registers, but for the stack pointer.
+    pub fn general(&self) -> [u64; 15] {
+        let r = self;
+        [
+            r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12,
+            r.r13, r.r14, r.r15,
+        ]
+    }
+
     /// The structure as little-endian words, for the manifest.
     pub fn to_bytes(&self) -> Vec<u8> {
         self.words().iter().flat_map(|w| w.to_le_bytes()).collect()
