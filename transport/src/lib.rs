@@ -37,7 +37,9 @@ pub use channel::{Channel, Closer, Timeouts, resolve};
 pub use error::{Error, Result};
 pub use handshake::Purpose;
 pub use key::Key;
-pub use lane::{Block, Content, Extent, PageLane, PageReply, PageRequest, PageSource};
+pub use lane::{
+    Block, Content, Extent, PageLane, PageReply, PageRequest, PageSource, WindowLimits,
+};
 pub use message::{Receiver, Sender};
 pub use mock::{MockLane, MockOptions};
 pub use pace::Pace;

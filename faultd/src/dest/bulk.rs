@@ -85,9 +85,10 @@ impl Worker {
     }
 
     fn fill(&mut self) -> Result<()> {
-        let mut window = self.window.bytes();
+        let limits = self.lane.window_limits();
+        let mut window = self.window.bytes(limits);
         if self.drain.pace().is_hurried() {
-            window = window.min(self.lane.outstanding_bytes_hurried());
+            window = window.min(limits.hurried);
         }
         while self.lane.outstanding_bytes() < window {
             // At least two requests under way, or the pipe runs dry between them.

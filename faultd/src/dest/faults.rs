@@ -178,6 +178,7 @@ impl Service {
             }
             // Its descriptor is only readable for those that sleep on it.
             if self.lane.busy_poll() {
+                self.drain.pace().hurry();
                 self.arrivals()?;
             }
             self.retry()?;
@@ -227,6 +228,7 @@ impl Service {
             if id == SpaceId::PROCESS {
                 self.follower.fault(tid, self.drain.pace());
             }
+            let alone = self.asked.is_empty();
             let (posted, arrived) = (Instant::now(), Vec::new());
             let asked = Asked { space: id, len_bytes, since, posted, arrived, absent: false };
             let waiting = self.asked.entry(source).or_default();
@@ -235,6 +237,10 @@ impl Service {
             if waiting.len() == 1 {
                 let request = PageRequest { address: source, len_bytes: len_bytes as u32 };
                 self.lane.post(request, source)?;
+                if alone {
+                    // Others may have faulted, too, but this one is not kept waiting while that is found out.
+                    self.lane.flush()?;
+                }
             }
         }
         Ok(())
@@ -299,6 +305,8 @@ impl Service {
         match self.drain.deliver(asked.space, source, data, &mut self.pieces)? {
             Delivered::All => {
                 self.drain.shared(|state| state.pages.urgent_done(asked.space, source));
+                // The thread goes on, and likely to its next fault.
+                self.drain.pace().hurry();
                 let (read, woken) = (asked.since, Instant::now());
                 let moments = Moments { read, asked: asked.posted, arrived: since, woken };
                 self.drain.record_fault(&moments);

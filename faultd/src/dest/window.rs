@@ -6,18 +6,16 @@
 //! times delay. The delay is the least ever seen: the first request finds an empty pipe. Since a window that is
 //! too small limits the rate to window over delay, it doubles until something else is the limit.
 
+use slipstream_transport::WindowLimits;
 use std::time::{Duration, Instant};
 
-const BYTES_MIN: u64 = 512 << 10;
-/// Ten milliseconds of 12 Gbit/s.
-const BYTES_MAX: u64 = 16 << 20;
 /// Over which the rate is taken.
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// The window of one lane.
 #[derive(Debug)]
 pub struct Window {
-    bytes: u64,
+    wanted: u64,
     delay_min: Option<Duration>,
     interval_start: Instant,
     interval_bytes: u64,
@@ -26,12 +24,12 @@ pub struct Window {
 impl Window {
     /// Before the first request.
     pub fn new(now: Instant) -> Self {
-        Self { bytes: BYTES_MIN, delay_min: None, interval_start: now, interval_bytes: 0 }
+        Self { wanted: 0, delay_min: None, interval_start: now, interval_bytes: 0 }
     }
 
-    /// Bytes that may be outstanding.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    /// Bytes that may be outstanding on a lane with these limits.
+    pub fn bytes(&self, limits: WindowLimits) -> u64 {
+        self.wanted.clamp(limits.min, limits.max)
     }
 
     /// The first answer to a request came so long after it.
@@ -48,8 +46,7 @@ impl Window {
         }
         if let Some(delay) = self.delay_min {
             let rate = self.interval_bytes as f64 / elapsed.as_secs_f64();
-            let wanted = 2.0 * rate * delay.as_secs_f64();
-            self.bytes = (wanted as u64).clamp(BYTES_MIN, BYTES_MAX);
+            self.wanted = (2.0 * rate * delay.as_secs_f64()) as u64;
         }
         self.interval_start = now;
         self.interval_bytes = 0;
@@ -60,26 +57,28 @@ impl Window {
 mod tests {
     use super::*;
 
+    const LIMITS: WindowLimits = WindowLimits::TCP;
+
     /// A link of that rate and delay, used at most as far as the window lets.
     fn window_bytes_on(rate_bytes_per_s: f64, delay: Duration) -> u64 {
         let mut now = Instant::now();
         let mut window = Window::new(now);
         window.delay(delay);
         for _ in 0..100 {
-            let limited = window.bytes() as f64 / delay.as_secs_f64();
+            let limited = window.bytes(LIMITS) as f64 / delay.as_secs_f64();
             now += INTERVAL;
             let bytes = rate_bytes_per_s.min(limited) * INTERVAL.as_secs_f64();
             window.arrived(bytes as u64, now);
         }
-        window.bytes()
+        window.bytes(LIMITS)
     }
 
     #[test]
     fn twice_what_the_link_holds() {
         let bytes = window_bytes_on(3e9, Duration::from_micros(500));
         assert!((2_900_000..3_100_000).contains(&bytes), "{bytes}");
-        assert_eq!(window_bytes_on(1e9, Duration::from_micros(50)), BYTES_MIN);
-        assert_eq!(window_bytes_on(1e10, Duration::from_millis(80)), BYTES_MAX);
+        assert_eq!(window_bytes_on(1e9, Duration::from_micros(50)), LIMITS.min);
+        assert_eq!(window_bytes_on(1e10, Duration::from_millis(80)), LIMITS.max);
     }
 
     #[test]

@@ -7,7 +7,9 @@ use super::sys::{
     Buffer, Completion, Domain, QueuePair, ReadRequest, Use, status_name, unwatch, watch,
 };
 use crate::error::{Error, Result};
-use crate::lane::{Block, Content, OUTSTANDING_REQUESTS_MAX, PageLane, PageReply, PageRequest};
+use crate::lane::{
+    Block, Content, OUTSTANDING_REQUESTS_MAX, PageLane, PageReply, PageRequest, WindowLimits,
+};
 use crate::tcp::TcpPageLane;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
@@ -301,9 +303,8 @@ impl PageLane for RdmaPageLane {
         Some(self.epoll.0.as_raw_fd())
     }
 
-    /// What is under way on the link comes before a fault's page.
-    fn outstanding_bytes_hurried(&self) -> u64 {
-        128 << 10
+    fn window_limits(&self) -> WindowLimits {
+        if self.over { WindowLimits::TCP } else { WindowLimits::RDMA }
     }
 
     fn busy_poll(&self) -> bool {
