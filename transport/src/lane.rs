@@ -82,9 +82,10 @@ impl WindowLimits {
     /// each other's buffers. At most: ten milliseconds of 12 Gbit/s.
     pub const TCP: Self = Self { min: 512 << 10, max: 16 << 20, hurried: u64::MAX };
 
-    /// Of RDMA. What the adapters have been asked for they send before a fault's page: while faults come that is to be about as
-    /// much as a link holds (100 Gbit/s for 3 us, or Soft-RoCE's 40 MB/s for 0.5 ms), shared by two lanes.
-    pub const RDMA: Self = Self { min: 256 << 10, max: 4 << 20, hurried: 16 << 10 };
+    /// Of RDMA. What the adapters have been asked for they send before a fault's page: while faults come that is to be little
+    /// more than two lanes' share of what a link holds (100 Gbit/s for 3 us; over Soft-RoCE less would cost more of the rate than it
+    /// saves of the delay).
+    pub const RDMA: Self = Self { min: 256 << 10, max: 4 << 20, hurried: 32 << 10 };
 }
 
 /// The destination's end of a lane. For one thread.

@@ -7,8 +7,12 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// Bulk lanes are short of breath for so long after a fault.
+/// Bulk lanes are short of breath for so long after a fault: the next one of a program that runs into missing pages comes sooner.
 const AFTER_FAULT: Duration = Duration::from_millis(2);
+/// Where pages take long, for so many times as long as the last one took...
+const FAULTS: u32 = 16;
+/// ...but no longer than this.
+const AFTER_FAULT_MAX: Duration = Duration::from_millis(100);
 const NO_CPU: u32 = u32::MAX;
 
 /// Shared by the lanes of one side of a migration.
@@ -34,8 +38,17 @@ impl Default for Pace {
 impl Pace {
     /// A page is urgent.
     pub fn hurry(&self) {
-        let until = self.start.elapsed() + AFTER_FAULT;
-        self.hurry_until_us.store(until.as_micros() as u64, Relaxed);
+        self.hurry_for(AFTER_FAULT);
+    }
+
+    /// A page was urgent, and took so long to come.
+    pub fn hurry_on(&self, took: Duration) {
+        self.hurry_for((took * FAULTS).clamp(AFTER_FAULT, AFTER_FAULT_MAX));
+    }
+
+    fn hurry_for(&self, time: Duration) {
+        let until = self.start.elapsed() + time;
+        self.hurry_until_us.fetch_max(until.as_micros() as u64, Relaxed);
     }
 
     /// Urgent work is done on this CPU from now on.

@@ -306,7 +306,7 @@ impl Service {
             Delivered::All => {
                 self.drain.shared(|state| state.pages.urgent_done(asked.space, source));
                 // The thread goes on, and likely to its next fault.
-                self.drain.pace().hurry();
+                self.drain.pace().hurry_on(since - asked.posted);
                 let (read, woken) = (asked.since, Instant::now());
                 let moments = Moments { read, asked: asked.posted, arrived: since, woken };
                 self.drain.record_fault(&moments);
