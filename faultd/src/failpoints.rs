@@ -26,7 +26,7 @@ pub const ALL: [&str; 16] = [
 
 /// Further points, past the destination's "ready", where a test can kill the session by
 /// `SLIPSTREAM_KILL_AT=NAME` (as it can at those above). Nothing may be lost there, and no second copy run.
-pub const KILL: [&str; 14] = [
+pub const KILL: [&str; 15] = [
     "destination-ready",
     "destination-kept",
     "source-journalled",
@@ -34,6 +34,7 @@ pub const KILL: [&str; 14] = [
     "source-commit-sent",
     "destination-commit",
     "destination-run",
+    "destination-fork-read",
     "source-resumed",
     "source-map-sent",
     "destination-drained",

@@ -92,6 +92,27 @@ destination_sessions_killed! {
     killed_under_drain_threads,
 }
 
+/// The fault daemon is killed in the moment in which it has read that the process forked, and nobody else has the child's
+/// userfaultfd but its twin.
+#[test]
+fn killed_with_a_forked_child_in_hand() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent_with(|command| {
+        command.env("SLIPSTREAM_KILL_AT", "destination-fork-read");
+    });
+    let program = Program::start(&hosts, Build::dynamic("drain_fork"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let moved = migration.wait_resumed();
+    let outcome = migration.wait();
+    outcome.assert_completed();
+    let paused = |e: &serde_json::Value| e["event"] == "note";
+    assert!(outcome.events.iter().any(paused), "nothing was killed: {outcome:#?}");
+    program.assert_source_dropped();
+    finish(&program, &moved);
+    let twins = || processes(&hosts, Side::Destination, &["slipstream-twin"]);
+    wait::until("the twins to end", Duration::from_secs(10), || twins().is_empty().then_some(()));
+}
+
 /// Everything of Slipstream on the destination is killed at once: `recover` there goes on, without an agent.
 #[test]
 fn everything_at_the_destination_killed() {

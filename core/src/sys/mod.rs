@@ -17,4 +17,5 @@ pub mod ptrace;
 pub mod ring;
 pub mod spawn;
 pub mod task;
+pub mod twin;
 pub mod uffd;

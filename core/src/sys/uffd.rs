@@ -184,16 +184,23 @@ fn installed(errno: Option<Errno>, done: u64, len: u64) -> io::Result<Installed>
     }
 }
 
-/// An event that a process which has died recorded; a child's userfaultfd went with that process.
+/// The number that a child's userfaultfd got in the table of whoever read the event, by the first two words of it.
+pub fn forked_child(words: [u64; 2]) -> Option<RawFd> {
+    (words[0] as u8 == FORK).then_some(words[1] as u32 as RawFd)
+}
+
+/// An event that a process which has died recorded; a child's userfaultfd went with that process, or is with its twin.
 pub fn decode_recorded(raw: &[u8; MESSAGE_LEN]) -> io::Result<Event> {
     decode(raw, false)
 }
+
+const FORK: u8 = 0x13;
 
 fn decode(raw: &[u8; MESSAGE_LEN], ours: bool) -> io::Result<Event> {
     let word = |i: usize| u64::from_le_bytes(raw[i..i + 8].try_into().expect("eight bytes"));
     Ok(match raw[0] {
         0x12 => Event::Fault { address: word(16), tid: word(24) as u32 },
-        0x13 => {
+        FORK => {
             // SAFETY: with this event the kernel has put a new descriptor into our table, and tells
             // nobody else about it.
             let own = || unsafe { OwnedFd::from_raw_fd(word(8) as u32 as RawFd) };

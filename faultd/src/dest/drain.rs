@@ -5,6 +5,7 @@ use crate::dest::held::{Account, Holdings};
 use crate::dest::journal::{Record, Unfinished};
 use crate::dest::shared_memory::{Sleepers, mapped_until};
 use crate::error::{Error, Result};
+use crate::failpoints;
 use crate::pages::{
     Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SpaceId, Unregister,
 };
@@ -128,6 +129,7 @@ impl Drain {
             if let Some(unfinished) = unfinished {
                 drain.finish_event(state, unfinished)?;
             }
+            state.held.start_twin()?;
             // What a dead session had read is not told again, unless the thread tries again.
             for uffd in state.uffds.values() {
                 if let Err(e) = uffd.wake(WAKE_START, WAKE_END - WAKE_START) {
@@ -175,7 +177,7 @@ impl Drain {
 
     /// From here on another session can take the drain up.
     pub fn keep(&self, account: &Account) -> Result<()> {
-        self.shared(|state| match state.uffd(SpaceId::PROCESS) {
+        self.exclusive(|state| match state.uffds.get(&SpaceId::PROCESS) {
             Some(uffd) => state.held.keep(uffd, account),
             None => Ok(()),
         })
@@ -239,6 +241,9 @@ impl Drain {
             None => Ok(Happened::Nothing),
             Some(Event::Fault { address, tid }) => Ok(Happened::Fault { address, tid: tid as i32 }),
             Some(event) => {
+                if matches!(event, Event::Fork { .. }) {
+                    failpoints::reached("destination-fork-read");
+                }
                 state.unsettled.insert(id);
                 self.deal_with(state, id, event, &removing)
             }
@@ -307,8 +312,7 @@ impl Drain {
         };
         if matches!(event, Event::Fork { child: None }) {
             tracing::error!(
-                "a session was killed between reading that process {} forked and handing the child's \
-                 userfaultfd over: that child can't be served",
+                "process {} forked, and the session that read so was killed together with its twin: that child can't be served",
                 self.pid
             );
         }

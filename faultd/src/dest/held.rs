@@ -1,6 +1,6 @@
 //! What of a drain outlives its session, and where: slots of the keeper (see `core::restore::keeper`).
 
-use crate::dest::journal::{Journal, Record, Unfinished};
+use crate::dest::journal::{Journal, Record, Unfinished, needed_descriptor};
 use crate::error::{Error, Result};
 use crate::pages::{PageTable, Pages, SpaceId, TableMemory};
 use prost::Message;
@@ -8,7 +8,9 @@ use slipstream_core::manifest::{Manifest, Mapping};
 use slipstream_core::restore::keeper::Keeper;
 use slipstream_core::restore::memory::RING_SLOTS;
 use slipstream_core::sys::mapped::memfd;
+use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::ring;
+use slipstream_core::sys::twin::Twin;
 use slipstream_core::sys::uffd::{Event, Uffd};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -25,6 +27,8 @@ const ACCOUNT: u32 = 3;
 const JOURNAL: u32 = 4;
 const PRIVATE: u32 = 5;
 const SHARED: u32 = 6;
+/// A process: the session's twin.
+const TWIN: u32 = 7;
 /// Two for each slot of the ring: userfaultfd and page table of a child.
 const CHILDREN: u32 = 8;
 const ACCOUNT_LEN_MAX: u64 = 256 << 20;
@@ -78,6 +82,10 @@ pub struct Holdings {
     shared: File,
     /// Which child a slot of the ring belongs to; slot 0 is the process's.
     slots: [Option<SpaceId>; RING_SLOTS],
+    /// Has a child's userfaultfd from the moment on in which its event is read.
+    twin: Option<Twin>,
+    /// The twin of the session before.
+    left_twin: Option<PidFd>,
 }
 
 /// What taking a drain up found beside its [`Holdings`].
@@ -117,6 +125,8 @@ impl Holdings {
             private,
             shared,
             slots: [None; RING_SLOTS],
+            twin: None,
+            left_twin: None,
         })
     }
 
@@ -126,7 +136,7 @@ impl Holdings {
     }
 
     /// Has the keeper keep everything. From then on another session can take the drain up.
-    pub fn keep(&self, uffd: &Uffd, account: &Account) -> Result<()> {
+    pub fn keep(&mut self, uffd: &Uffd, account: &Account) -> Result<()> {
         let mut file = memfd(c"slipstream-account", 0)?;
         file.write_all(&account.encode_to_vec()).map_err(|e| Error::io("write the account", e))?;
         let keep = |slot, fd| self.keeper.hold(slot, fd);
@@ -136,7 +146,22 @@ impl Holdings {
         keep(SHARED, self.shared.as_fd())?;
         keep(JOURNAL, self.journal.file().as_fd())?;
         keep(ACCOUNT, file.as_fd())?;
-        Ok(self.keeper.sync()?)
+        self.keeper.sync()?;
+        self.start_twin()
+    }
+
+    /// Makes this session's twin, and ends that of the session before: what it had is kept elsewhere by now.
+    pub fn start_twin(&mut self) -> Result<()> {
+        let mut twin = Twin::start(self.keeper.init(), needed_descriptor)?;
+        twin.watch(self.journal.memory());
+        self.keeper.hold(TWIN, twin.as_fd())?;
+        self.twin = Some(twin);
+        if let Some(left) = self.left_twin.take()
+            && let Err(e) = left.kill(libc::SIGKILL)
+        {
+            tracing::debug!("{e}");
+        }
+        Ok(())
     }
 
     /// Takes what an earlier session left.
@@ -160,6 +185,9 @@ impl Holdings {
             private: File::from(take(PRIVATE)?),
             shared: File::from(take(SHARED)?),
             slots: [None; RING_SLOTS],
+            twin: None,
+            // One that has ended names no process any more.
+            left_twin: keeper.take(TWIN)?.and_then(|fd| PidFd::adopt(fd).ok()),
             keeper,
         };
         Ok((holdings, found))
@@ -174,6 +202,9 @@ impl Holdings {
             // The event being dealt with is not in the new journal: its record has to be there first.
             journal.append(records);
             self.keeper.hold(JOURNAL, journal.file().as_fd())?;
+            if let Some(twin) = &mut self.twin {
+                twin.watch(journal.memory());
+            }
             self.journal = journal;
         } else {
             self.journal.append(records);
@@ -336,6 +367,11 @@ impl Holdings {
     /// The userfaultfd of a child whose fork was read but not dealt with.
     pub fn unfinished_child(&self, unfinished: &Unfinished) -> Result<Option<Uffd>> {
         let Event::Fork { .. } = unfinished.event else { return Ok(None) };
+        if let (Some(twin), Some(number)) = (&self.left_twin, unfinished.child)
+            && let Ok(fd) = twin.get_fd(number)
+        {
+            return Ok(Some(Uffd::from_fd(fd)));
+        }
         let Some(slot) = unfinished.fork_slot.filter(|s| (1..RING_SLOTS as u64).contains(s)) else {
             return Ok(None);
         };
@@ -346,7 +382,9 @@ impl Holdings {
     pub fn release(&self) {
         let children =
             (1..RING_SLOTS as u32).flat_map(|s| [CHILDREN + 2 * s, CHILDREN + 2 * s + 1]);
-        for slot in [UFFD, RING, ACCOUNT, JOURNAL, PRIVATE, SHARED].into_iter().chain(children) {
+        for slot in
+            [UFFD, RING, ACCOUNT, JOURNAL, PRIVATE, SHARED, TWIN].into_iter().chain(children)
+        {
             if self.keeper.drop_slot(slot).is_err() {
                 return; // Init has gone, and all with it.
             }

@@ -13,10 +13,13 @@
 use crate::error::{Error, Result};
 use crate::pages::{Pages, SharedRemove, SpaceId, Span};
 use slipstream_core::sys::mapped::{Shared, memfd};
+use slipstream_core::sys::twin;
 use slipstream_core::sys::uffd::{self, Event, MESSAGE_LEN, Uffd};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 const HEADER_LEN: usize = 4096;
@@ -230,13 +233,22 @@ pub struct Unfinished {
     pub removing: Vec<Range<u64>>,
     /// The slot a child's userfaultfd may be in.
     pub fork_slot: Option<u64>,
+    /// Its number in the table of the session that read the event, which that session's twin has still.
+    pub child: Option<RawFd>,
 }
+
+/// What a session's twin has to keep if the session dies now: the userfaultfd of a child, as long as no record says that it was handed over.
+pub fn needed_descriptor(header: &[u64; twin::WORDS]) -> Option<RawFd> {
+    let unfinished = header[COUNT / 8] == header[EVENT_AT / 8];
+    uffd::forked_child([header[EVENT / 8], header[EVENT / 8 + 1]]).filter(|_| unfinished)
+}
+const _: () = assert!(EVENT / 8 + 1 < twin::WORDS);
 
 /// The journal.
 #[derive(Debug)]
 pub struct Journal {
     file: File,
-    memory: Shared,
+    memory: Arc<Shared>,
     records_max: usize,
 }
 
@@ -249,14 +261,14 @@ impl Journal {
     fn with_room(records_max: usize) -> Result<Self> {
         let len = HEADER_LEN + records_max * RECORD_LEN;
         let file = memfd(c"slipstream-journal", len as u64)?;
-        Ok(Self { memory: Shared::map(&file, len)?, file, records_max })
+        Ok(Self { memory: Arc::new(Shared::map(&file, len)?), file, records_max })
     }
 
     /// One that an earlier session wrote.
     pub fn open(file: File) -> Result<Self> {
         let len = file.metadata().map_err(|e| Error::io("stat the journal", e))?.len() as usize;
         let records_max = len.saturating_sub(HEADER_LEN) / RECORD_LEN;
-        let journal = Self { memory: Shared::map(&file, len)?, file, records_max };
+        let journal = Self { memory: Arc::new(Shared::map(&file, len)?), file, records_max };
         if records_max == 0 || journal.len() > records_max {
             return Err(Error::Internal("the journal of the drain is damaged".into()));
         }
@@ -355,7 +367,20 @@ impl Journal {
             .map(|i| get(REMOVING + 16 * i)..get(REMOVING + 16 * i + 8))
             .collect();
         let space = SpaceId(get(EVENT_SPACE) as u32);
-        Ok(Some(Unfinished { space, event, removing, fork_slot: get(FORK_SLOT).checked_sub(1) }))
+        let words = [0, 1, 2, 3, 4, 5, 6, 7].map(|index| get(8 * index));
+        let child = needed_descriptor(&words);
+        Ok(Some(Unfinished {
+            space,
+            event,
+            removing,
+            fork_slot: get(FORK_SLOT).checked_sub(1),
+            child,
+        }))
+    }
+
+    /// Its memory, whose first words tell [`needed_descriptor`] enough.
+    pub fn memory(&self) -> &Arc<Shared> {
+        &self.memory
     }
 
     /// A journal that leads to the same, with as few records as that takes. `slot_of` says what keeps

@@ -3,6 +3,7 @@
 mod regs;
 mod runner;
 pub mod sigframe;
+mod syscall;
 pub mod syscall_restart;
 pub mod vdso;
 pub mod xstate;
@@ -12,3 +13,4 @@ pub use regs::{
     syscall_result,
 };
 pub use runner::{Runner, runner};
+pub use syscall::raw_syscall;
