@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use slipstream_tests::moves::moves;
-use slipstream_tests::{Build, Hosts, Migration, Program};
+use slipstream_tests::{Build, Hosts, Migration, Program, Side, wait};
 
 macro_rules! moved_programs {
     ($($name:ident),* $(,)?) => {
@@ -92,7 +92,7 @@ fn prefetch_limit_is_kept() {
     const MB_PER_S: f64 = 100.0;
     let hosts = Hosts::two();
     let agent = hosts.agent();
-    let program = Program::start(&hosts, Build::dynamic("drain_signals"), &[]);
+    let program = Program::start(&hosts, Build::dynamic("drain_idle"), &[]);
     let limited = |command: &mut std::process::Command| {
         command.args(["--prefetch-limit", &MB_PER_S.to_string()]);
     };
@@ -104,6 +104,38 @@ fn prefetch_limit_is_kept() {
     let rate = prefetched / number("drain_us");
     assert!(prefetched > 50e6, "faults brought it all: nothing was tested: {completed:#}");
     assert!(rate <= 1.05 * MB_PER_S, "{rate} MB/s: {completed:#}");
+    program.tell();
+    moved.wait_end(Duration::from_secs(60));
+    program.assert_ok();
+}
+
+/// A debugger at its new place when the last page comes: it is waited for, and `status` says so.
+#[test]
+fn traced_at_the_end() {
+    use nix::sys::ptrace;
+    use nix::unistd::Pid;
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_idle"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "150"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    let pid = Pid::from_raw(moved.pid);
+    ptrace::seize(pid, ptrace::Options::empty()).expect("tracing it");
+    let run_dir = hosts.run_dir(Side::Destination);
+    wait::until("status to name the tracer", Duration::from_secs(60), || {
+        let arguments = ["status", "--json", "--run-dir", run_dir.to_str().expect("a path")];
+        let output = hosts.slipstream_on(Side::Destination, &arguments);
+        let tracer = format!("is traced by process {}", nix::unistd::gettid());
+        String::from_utf8_lossy(&output.stdout).contains(&tracer).then_some(())
+    });
+    // Letting go needs a stop.
+    ptrace::interrupt(pid).expect("stopping it");
+    nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::__WALL)).expect("its stop");
+    ptrace::detach(pid, None).expect("letting go");
+    migration.wait().assert_completed();
     program.tell();
     moved.wait_end(Duration::from_secs(60));
     program.assert_ok();

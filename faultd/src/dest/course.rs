@@ -106,6 +106,7 @@ impl Course<'_> {
         let drain_us = self.since.elapsed().as_micros() as u64;
         let exited = finish::has_exited(self.process);
         failpoints::reached("destination-drained");
+        self.await_tracer(link)?;
         finish::finish(&self.drain, &manifest, self.process, &self.account.ours())?;
         self.drain.end();
         join(threads);
@@ -152,6 +153,20 @@ impl Course<'_> {
                     return Err(Error::Protocol("the source came back by another way".into()));
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Waits until nobody traces the process: what is ours could not be taken out of it.
+    fn await_tracer(&self, link: &mut Link<'_>) -> Result<()> {
+        let (pid, mut told) = (self.process.pid(), None);
+        while let Some(tracer) = finish::tracer(pid) {
+            if told.replace(tracer) != Some(tracer) {
+                let what = format!("process {pid} is traced by process {tracer}: end that tracer");
+                self.tell("waiting", &format!("every page is there, but {what}"));
+            }
+            say_to_source(link.sender, DestinationMessage::Progress(self.drain.figures()))?;
+            std::thread::sleep(PROGRESS_INTERVAL);
         }
         Ok(())
     }

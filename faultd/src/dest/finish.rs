@@ -7,6 +7,7 @@ use crate::protocol::PresentRun;
 use slipstream_core::freeze::Frozen;
 use slipstream_core::manifest::{Manifest, vm_flag};
 use slipstream_core::proc::maps::{self, MapLine};
+use slipstream_core::proc::status;
 use slipstream_core::restore::settle::{lock_future, lock_range, unmap_range, wait_left};
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::uffd::Uffd;
@@ -36,6 +37,11 @@ pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>])
         lock_again(pid, m);
     }
     Ok(())
+}
+
+/// Who traces a process, if anybody does: nothing can be removed from it meanwhile.
+pub fn tracer(pid: i32) -> Option<i32> {
+    status::read(pid).ok().map(|status| status.tracer_pid).filter(|tracer| *tracer != 0)
 }
 
 /// Whether the process has ended. One that is ending loses its memory first, and that is what a drain notices.
