@@ -8,7 +8,7 @@ in_a_host=(
     "threads robust_mutex rseq waits_timed"
     "process posix_timers"
     "descriptors epolls"
-    "drain drain_fork drain_shared drain_punch"
+    "drain drain_shared drain_punch"
     "rollback interrupted"
     "invisible invisible_with_one_thread"
     "languages python"
