@@ -64,11 +64,13 @@ impl Frozen {
         )))
     }
 
-    /// Stops one thread only: for short work that the whole process may go on during.
+    /// Stops one thread only, the first if it is there: for short work that the whole process may go on during.
     pub fn freeze_one(pid: pid_t, timeout: Duration) -> Result<Self> {
         let deadline = Instant::now() + timeout;
         let mut frozen = Self { pid, threads: Vec::new(), held: true };
-        for tid in list_threads(pid)? {
+        let mut tids = list_threads(pid)?;
+        tids.sort_by_key(|tid| *tid != pid);
+        for tid in tids {
             match ptrace::seize(tid).and_then(|()| ptrace::interrupt(tid)) {
                 Ok(()) => {}
                 Err(Error::Gone { .. }) => continue,
@@ -149,8 +151,9 @@ impl Frozen {
         for t in &self.threads {
             let mut regs = t.regs;
             arch::set_start(&mut regs, pause_loop, 0, 0);
-            ptrace::set_sigmask(t.tid, u64::MAX)?;
+            // In this order: `bring_back` looks after threads that are in the loop, and no others.
             ptrace::set_regs(t.tid, &regs)?;
+            ptrace::set_sigmask(t.tid, u64::MAX)?;
         }
         Ok(())
     }
@@ -189,9 +192,11 @@ impl Drop for Frozen {
     }
 }
 
-/// Gives a thread its registers back and ends its tracing.
+/// Gives a thread its registers back and ends its tracing. The mask comes first: if the tracer dies before
+/// the registers, what the thread is in ends with them.
 fn let_go(pid: pid_t, t: &FrozenThread) -> Result<()> {
-    let set = || ptrace::set_regs(t.tid, &t.regs);
+    let set =
+        || ptrace::set_sigmask(t.tid, t.sigmask).and_then(|()| ptrace::set_regs(t.tid, &t.regs));
     let set = match set() {
         // Gone, or still in a remote table that did not end in time.
         Err(Error::Gone { .. }) => {
@@ -203,7 +208,7 @@ fn let_go(pid: pid_t, t: &FrozenThread) -> Result<()> {
         }
         other => other,
     };
-    set.and_then(|()| ptrace::set_sigmask(t.tid, t.sigmask)).and_then(|()| ptrace::detach(t.tid, 0))
+    set.and_then(|()| ptrace::detach(t.tid, 0))
 }
 
 /// How long a failed freeze waits for a thread it already interrupted.
@@ -245,8 +250,7 @@ fn stop(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Option<FrozenThread
             Some(Stop::Gone) => return Ok(None),
             // A signal was on its way first: let it be delivered, the stop follows.
             Some(Stop::Signal(signal)) => ptrace::cont(tid, signal)?,
-            Some(Stop::Trap) => ptrace::cont(tid, libc::SIGTRAP)?,
-            Some(Stop::Event) => break,
+            Some(Stop::Event | Stop::Syscall) => break,
         }
     }
     let regs = match ptrace::get_regs(tid) {

@@ -5,12 +5,13 @@
 //! sends the thread a signal that nobody handles; traced, the thread stops there (a signal-delivery
 //! stop), and the tracer puts the registers back itself, exactly. Untraced, the signal is ignored.
 //!
-//! The one syscall that maps the scratch memory can't have that property; it goes by
-//! `PTRACE_SYSCALL`, never by single-stepping (a single-stepped thread dies with its tracer).
+//! The one syscall that maps the scratch memory has nothing of ours to come back by, and borrows what the
+//! program has: see [`crate::one_stopped`].
 
-use crate::arch::{self, Context, Regs};
+use crate::arch::{self, Context};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenThread};
+use crate::one_stopped::OneStopped;
 use crate::program::{Op, Program};
 use crate::sys::mem::ProcMem;
 use crate::sys::ptrace::{self, Stop};
@@ -66,7 +67,7 @@ impl SourceScratch {
         let base = stopped
             .syscall(libc::SYS_mmap, args, timeout)?
             .map_err(|e| Error::sys(format!("map scratch memory in process {pid}"), e))?;
-        stopped.mem.write(base, arch::runner().code)?;
+        stopped.mem().write(base, arch::runner().code)?;
         let mem = stopped.thaw()?;
         Ok(Self { pid, base, len, mem })
     }
@@ -88,7 +89,7 @@ impl SourceScratch {
     pub fn unmap(self, timeout: Duration) -> Result<()> {
         let args = [self.base, self.len, 0, 0, 0, 0];
         let stopped = OneStopped::stop(self.pid, timeout)?;
-        if holds_runner(&stopped.mem, self.base) {
+        if holds_runner(stopped.mem(), self.base) {
             stopped.syscall(libc::SYS_munmap, args, timeout)?.map_err(|e| {
                 Error::sys(format!("unmap scratch memory in process {}", self.pid), e)
             })?;
@@ -157,8 +158,9 @@ impl SourceScratch {
         for (thread, program, _) in &jobs {
             let mut regs = thread.regs;
             arch::set_start(&mut regs, self.base, program.entries_base(), header);
-            ptrace::set_sigmask(thread.tid, !(1u64 << (signal - 1)))?;
+            // In this order: from the table a thread finds its mask again, whatever it is.
             ptrace::set_regs(thread.tid, &regs)?;
+            ptrace::set_sigmask(thread.tid, !(1u64 << (signal - 1)))?;
             ptrace::cont(thread.tid, 0)?;
         }
         let deadline = Instant::now() + RUN_TIMEOUT;
@@ -232,7 +234,7 @@ fn wait_trap(tid: pid_t, signal: i32, trap: u64, deadline: Instant) -> Result<()
                 return Ok(());
             }
             Some(Stop::Signal(s)) => ptrace::cont(tid, s)?,
-            Some(Stop::Event | Stop::Trap) => ptrace::cont(tid, 0)?,
+            Some(Stop::Event | Stop::Syscall) => ptrace::cont(tid, 0)?,
         }
     }
 }
@@ -287,107 +289,6 @@ fn holds_runner(mem: &ProcMem, base: u64) -> bool {
     let code = arch::runner().code;
     let mut found = vec![0u8; code.len()];
     mem.read(base, &mut found).is_ok() && found == code
-}
-
-/// One thread of a running process, stopped for a remote syscall or two; dropping it lets the thread go
-/// on. What was learnt about the memory of the process before the stop may be that of a program which is
-/// no more: only what is looked up now, while the thread can't call exec, holds.
-#[derive(Debug)]
-pub struct OneStopped {
-    frozen: Frozen,
-    mem: ProcMem,
-    insn: u64,
-}
-
-impl OneStopped {
-    /// Stops a thread.
-    pub fn stop(pid: pid_t, timeout: Duration) -> Result<Self> {
-        // The search is slow in a process of many mappings, so the thread runs on meanwhile.
-        let before = ProcMem::open(pid).and_then(|mem| find_syscall_insn(pid, &mem));
-        let frozen = Frozen::freeze_one(pid, timeout)?;
-        let mem = ProcMem::open(pid)?;
-        let mut there = [0u8; arch::SYSCALL_INSN.len()];
-        let insn = match before {
-            Ok(at) if mem.read(at, &mut there).is_ok() && there == arch::SYSCALL_INSN => at,
-            _ => find_syscall_insn(pid, &mem)?,
-        };
-        Ok(Self { frozen, mem, insn })
-    }
-
-    /// Memory of the process.
-    pub fn mem(&self) -> &ProcMem {
-        &self.mem
-    }
-
-    /// Has the thread execute a syscall.
-    pub fn syscall(
-        &self,
-        nr: i64,
-        args: [u64; 6],
-        timeout: Duration,
-    ) -> Result<std::result::Result<u64, Errno>> {
-        let thread = self.frozen.threads()[0];
-        let raw = remote_syscall(&thread, self.insn, nr, args, Instant::now() + timeout)?;
-        Ok(arch::syscall_result(raw))
-    }
-
-    /// Lets the thread go on.
-    pub fn thaw(self) -> Result<ProcMem> {
-        self.frozen.thaw()?;
-        Ok(self.mem)
-    }
-}
-
-fn remote_syscall(
-    thread: &FrozenThread,
-    insn: u64,
-    nr: i64,
-    args: [u64; 6],
-    deadline: Instant,
-) -> Result<u64> {
-    let mut regs: Regs = thread.regs;
-    arch::set_syscall(&mut regs, insn, nr, args);
-    ptrace::set_sigmask(thread.tid, u64::MAX)?;
-    ptrace::set_regs(thread.tid, &regs)?;
-    for _ in ["entry", "exit"] {
-        loop {
-            ptrace::cont_to_syscall(thread.tid)?;
-            match ptrace::wait_stop_until(thread.tid, deadline)? {
-                Some(Stop::Trap) => break,
-                Some(Stop::Event | Stop::Signal(_)) => {}
-                Some(Stop::Gone) => return Err(Error::Gone { pid: thread.tid }),
-                None => {
-                    let what = format!("remote syscall {nr} on thread {}", thread.tid);
-                    return Err(Error::sys(what, Errno::ETIMEDOUT));
-                }
-            }
-        }
-    }
-    Ok(arch::return_value(&ptrace::get_regs(thread.tid)?))
-}
-
-/// Finds a `syscall` instruction in the vdso, or else in any executable mapping.
-fn find_syscall_insn(pid: pid_t, mem: &ProcMem) -> Result<u64> {
-    let path = format!("/proc/{pid}/maps");
-    let maps = std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read {path}"), e))?;
-    let executable = |line: &&str| line.split(' ').nth(1).is_some_and(|p| p.contains('x'));
-    let vdso = maps.lines().filter(|l| l.ends_with("[vdso]"));
-    let others = maps.lines().filter(executable).filter(|l| !l.ends_with(']'));
-    for line in vdso.chain(others) {
-        let range = line.split(' ').next().and_then(|r| r.split_once('-'));
-        let Some((start, end)) = range else { continue };
-        let parse = |hex| u64::from_str_radix(hex, 16).map_err(|_| Error::parse("maps", line));
-        let (mut at, end) = (parse(start)?, parse(end)?);
-        let mut page = [0u8; PAGE as usize];
-        while at < end {
-            mem.read(at, &mut page)?;
-            if let Some(i) = page.windows(2).position(|w| w == arch::SYSCALL_INSN) {
-                return Ok(at + i as u64);
-            }
-            at += PAGE;
-        }
-    }
-    Err(Error::Refused(format!("process {pid} has no syscall instruction in any mapping")))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod error;
 pub mod freeze;
 pub mod inject;
 pub mod manifest;
+pub mod one_stopped;
 pub mod preflight;
 pub mod proc;
 pub mod program;

@@ -240,7 +240,7 @@ impl Restorer {
             let frame = Frame {
                 regs: &regs,
                 sigmask: t.sigmask,
-                altstack: t.altstack,
+                altstack: Some(t.altstack),
                 xstate: &t.xstate,
                 saved_under: &there,
             };

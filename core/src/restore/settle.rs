@@ -3,7 +3,7 @@
 use crate::arch::Regs;
 use crate::error::{Error, Result};
 use crate::freeze::{inner_tids, list_threads};
-use crate::inject::OneStopped;
+use crate::one_stopped::OneStopped;
 use crate::restore::engine::TimedThread;
 use crate::sys::ptrace::{self, Stop};
 use std::ops::Range;
@@ -46,8 +46,7 @@ fn with_stopped(tid: i32, change: &mut dyn FnMut(&Regs) -> Option<Regs>) -> Resu
             None => return Ok(None),
             Some(Stop::Gone) => return Err(Error::Gone { pid: tid }),
             Some(Stop::Signal(signal)) => ptrace::cont(tid, signal)?,
-            Some(Stop::Trap) => ptrace::cont(tid, libc::SIGTRAP)?,
-            Some(Stop::Event) => break,
+            Some(Stop::Event | Stop::Syscall) => break,
         }
     }
     let regs = ptrace::get_regs(tid)?;

@@ -77,6 +77,11 @@ impl ProcMem {
         })
     }
 
+    /// Reads what can be read at `address` in one go; returns how many bytes that is.
+    pub fn read_some(&self, address: u64, out: &mut [u8]) -> usize {
+        self.file.read_at(out, address).unwrap_or(0)
+    }
+
     /// Writes `bytes` at `address`, also to read-only private mappings (they are copied first).
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.file.write_all_at(bytes, address).map_err(|e| {

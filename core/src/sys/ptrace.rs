@@ -32,9 +32,12 @@ fn fail(tid: pid_t, what: &str, errno: Errno) -> Error {
     }
 }
 
-/// Becomes the tracer of a thread without stopping it.
+/// Becomes the tracer of a thread without stopping it. With `PTRACE_O_TRACESYSGOOD`: a thread whose tracer
+/// dies at a syscall stop is sent the signal of that stop (`ptrace_report_syscall` in the kernel), which is
+/// SIGTRAP without it, and no signal at all with it.
 pub fn seize(tid: pid_t) -> Result<()> {
-    match request(libc::PTRACE_SEIZE, tid, 0, std::ptr::null_mut()) {
+    let options = libc::PTRACE_O_TRACESYSGOOD as usize as *mut c_void;
+    match request(libc::PTRACE_SEIZE, tid, 0, options) {
         Ok(_) => Ok(()),
         // A thread that has exited and is not reaped yet.
         Err(Errno::EPERM) if is_dead(tid) => Err(Error::Gone { pid: tid }),
@@ -182,8 +185,8 @@ pub enum Stop {
     Event,
     /// A signal is about to be delivered.
     Signal(i32),
-    /// At the entry to or exit from a syscall (only without `TRACESYSGOOD`: SIGTRAP).
-    Trap,
+    /// At the entry to or exit from a syscall.
+    Syscall,
     /// The thread is gone.
     Gone,
 }
@@ -227,8 +230,8 @@ fn decode(status: i32) -> Stop {
         Stop::Gone
     } else if status >> 16 == EVENT_STOP {
         Stop::Event
-    } else if libc::WSTOPSIG(status) == libc::SIGTRAP {
-        Stop::Trap
+    } else if libc::WSTOPSIG(status) == libc::SIGTRAP | 0x80 {
+        Stop::Syscall
     } else {
         Stop::Signal(libc::WSTOPSIG(status))
     }

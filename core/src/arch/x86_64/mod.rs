@@ -6,6 +6,7 @@ pub mod sigframe;
 mod syscall;
 pub mod syscall_restart;
 pub mod vdso;
+mod way_back;
 pub mod xstate;
 
 pub use regs::{
@@ -14,3 +15,4 @@ pub use regs::{
 };
 pub use runner::{Runner, runner};
 pub use syscall::raw_syscall;
+pub use way_back::{Landing, WayBack};

@@ -30,6 +30,9 @@ const MAGIC1: u32 = 0x4650_5853;
 const MAGIC2: u32 = 0x4650_5845;
 const SS_DISABLE: u32 = 2;
 const SS_AUTODISARM: u32 = 1 << 31;
+/// No mode that exists: `rt_sigreturn` goes on when the kernel refuses the stack of a frame
+/// (`restore_altstack` in kernel/signal.c), and the thread keeps its own.
+const SS_REFUSED: u32 = 4;
 
 /// What a frame restores.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +41,8 @@ pub struct Frame<'a> {
     pub regs: &'a Regs,
     /// Blocked signals.
     pub sigmask: u64,
-    /// Alternate signal stack.
-    pub altstack: AltStack,
+    /// Alternate signal stack; `None` leaves the thread the one it has.
+    pub altstack: Option<AltStack>,
     /// XSAVE area in the standard format, as ptrace gives it.
     pub xstate: &'a [u8],
     /// Layout of the processor that saved `xstate`.
@@ -72,14 +75,15 @@ impl Frame<'_> {
     fn ucontext(&self, fpstate: u64) -> Vec<u8> {
         let r = self.regs;
         // SS_ONSTACK only reports where the stack pointer was.
-        let ss_flags = self.altstack.flags & (SS_DISABLE | SS_AUTODISARM);
+        let stack = self.altstack.unwrap_or_default();
+        let ss_flags = self.altstack.map_or(SS_REFUSED, |s| s.flags & (SS_DISABLE | SS_AUTODISARM));
         let segments = r.cs & 0xffff | (r.gs & 0xffff) << 16 | (r.fs & 0xffff) << 32 | r.ss << 48;
         let words = [
             UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS,
             0,
-            self.altstack.sp,
+            stack.sp,
             u64::from(ss_flags),
-            self.altstack.size,
+            stack.size,
             r.r8,
             r.r9,
             r.r10,

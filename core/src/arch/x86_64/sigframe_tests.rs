@@ -201,7 +201,8 @@ fn check(features: u64, tiles: bool) {
     let regs = odd_regs();
     let altstack = AltStack { sp: 0x7000_0000, flags: 1, size: 65536 };
     let sigmask = 0xffff_0000_0000_0f0f & !(1 << 8 | 1 << 18 | 1 << 13);
-    let frame = Frame { regs: &regs, sigmask, altstack, xstate: &area, saved_under: &here };
+    let frame =
+        Frame { regs: &regs, sigmask, altstack: Some(altstack), xstate: &area, saved_under: &here };
     // The frame's address is only known once there is room for it.
     let len = frame.build(0, &here).expect("build").len();
     let mut room = vec![0u8; len + FRAME_ALIGN];
@@ -265,12 +266,7 @@ fn unknown_components_are_refused() {
     let mut area = odd_area(&here, 0b11);
     area[XSTATE_BV + 7] = 0x20;
     let regs = Regs::default();
-    let frame = Frame {
-        regs: &regs,
-        sigmask: 0,
-        altstack: AltStack::default(),
-        xstate: &area,
-        saved_under: &here,
-    };
+    let frame =
+        Frame { regs: &regs, sigmask: 0, altstack: None, xstate: &area, saved_under: &here };
     assert!(frame.build(0, &here).is_err());
 }
