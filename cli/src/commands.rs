@@ -51,7 +51,11 @@ pub fn run(engine: &dyn Engine, command: &Command) -> u8 {
 }
 
 fn agent(engine: &dyn Engine, args: &AgentArgs) -> u8 {
-    end(engine.agent(args, &mut |address| eprintln!("listening on {address}")), |()| {})
+    // In one piece: who waits for this line would take a part of the address for the whole.
+    let tell = |address| {
+        let _ = io::stderr().write_all(format!("listening on {address}\n").as_bytes());
+    };
+    end(engine.agent(args, &mut |address| tell(address)), |()| {})
 }
 
 fn migrate(engine: &dyn Engine, args: &MigrateArgs) -> u8 {

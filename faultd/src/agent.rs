@@ -1,4 +1,4 @@
-//! The agent: the daemon of a destination host.
+//! The agent: the daemon of a host. It lets processes in, and looks after migrations whose sessions were killed.
 //!
 //! It decodes nothing from strangers but a preamble of 32 bytes. A connection for a new migration
 //! becomes the control connection of a *destination session*, a process of its own that does the
@@ -9,6 +9,7 @@ use crate::carrier::{self, Carrier};
 use crate::dest::{lost, take_over};
 use crate::error::{Error, Result};
 use crate::rundir;
+use crate::source::orphans;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -80,6 +81,7 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     take_over::clean_up(&config.run_dir);
     rundir::prune(&config.run_dir);
     start_reaper(Arc::clone(&sessions), config.run_dir.clone());
+    orphans::start_watch(config.run_dir.clone(), config.exe.clone());
     if let Some(limit) = config.source_lost {
         lost::start_watch(config.run_dir.clone(), limit);
     }

@@ -75,7 +75,7 @@ impl MigrationDir {
             .mode(0o700)
             .create(&path)
             .map_err(|e| Error::io(format!("create {}", path.display()), e))?;
-        let lock = take_lock(&path.join(LOCK), Duration::ZERO);
+        let lock = take_lock(&path.join(LOCK), true, GLANCE);
         let lock = lock.inspect_err(|_| drop(fs::remove_dir_all(&path)))?;
         let dir = Self { path, _lock: lock };
         match dir.note_session().and_then(|()| dir.note_birth()) {
@@ -91,13 +91,15 @@ impl MigrationDir {
     pub fn open(run_dir: &Path, side: Role, id: &str, patience: Duration) -> Result<Self> {
         ensure(run_dir)?;
         let path = run_dir.join(format!("{}{id}", prefix(side)));
-        if !is_id(id) || !path.is_dir() {
+        let lock = path.join(LOCK);
+        // Not made here: the folder may just be going away.
+        if !is_id(id) || !lock.is_file() {
             return Err(Error::Refused {
                 reason: format!("no migration {id} on this host"),
                 remedy: "`slipstream status` lists them".into(),
             });
         }
-        let lock = take_lock(&path.join(LOCK), patience)?;
+        let lock = take_lock(&lock, false, patience)?;
         Ok(Self { path, _lock: lock })
     }
 
@@ -178,13 +180,15 @@ pub const INIT: &str = "init";
 pub const LOST: &str = "lost";
 /// File with the figures of a drain that is over.
 pub const COMPLETED: &str = "completed";
+/// For one who only looks whether a session is at work: it holds the lock for a moment.
+pub const GLANCE: Duration = Duration::from_secs(1);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
-fn take_lock(path: &Path, patience: Duration) -> Result<Flock<fs::File>> {
+fn take_lock(path: &Path, create: bool, patience: Duration) -> Result<Flock<fs::File>> {
     let io = |e| Error::io(format!("lock {}", path.display()), e);
     let mut file = fs::OpenOptions::new()
         .write(true)
-        .create(true)
+        .create(create)
         .truncate(false)
         .mode(0o600)
         .open(path)
@@ -261,8 +265,17 @@ pub fn lost(run_dir: &Path, id: &str) -> Option<String> {
 
 /// The migrations that came here.
 pub fn destinations(run_dir: &Path) -> Vec<String> {
+    migrations(run_dir, Role::Destination)
+}
+
+/// The migrations that leave, or have left, from here.
+pub fn sources(run_dir: &Path) -> Vec<String> {
+    migrations(run_dir, Role::Source)
+}
+
+fn migrations(run_dir: &Path, side: Role) -> Vec<String> {
     let Ok(dir) = fs::read_dir(run_dir) else { return Vec::new() };
-    let id = |name: &str| name.strip_prefix(prefix(Role::Destination)).map(str::to_owned);
+    let id = |name: &str| name.strip_prefix(prefix(side)).map(str::to_owned);
     dir.flatten().filter_map(|e| id(e.file_name().to_str()?)).filter(|id| is_id(id)).collect()
 }
 

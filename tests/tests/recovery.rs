@@ -166,6 +166,47 @@ fn source_session_killed() {
     finish(&program, &moved);
 }
 
+/// Where an agent runs at the source, too, it replaces a page server that is killed: nobody has to notice.
+#[test]
+fn source_session_killed_under_an_agent() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let _at_the_source = hosts.agent_on(Side::Source, "127.0.0.1:0", |_| {});
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let moved = migration.wait_resumed();
+    kill(&hosts, Side::Source, &["slipstream-src"]);
+    program.assert_source_dropped();
+    finish(&program, &moved);
+}
+
+/// Everything on both hosts is killed, and only the agents are started again, as by systemd.
+#[test]
+fn both_agents_restarted() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let moved = migration.wait_resumed();
+    for side in [Side::Destination, Side::Source] {
+        for victim in processes(&hosts, side, &["slipstream", "slipstream-dst", "slipstream-src"]) {
+            victim.signal(libc::SIGKILL);
+        }
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    assert_stopped(&program);
+    let _at_the_destination = hosts.agent_at(agent.address);
+    let _at_the_source = hosts.agent_on(Side::Source, "127.0.0.1:0", |_| {});
+    program.assert_source_dropped();
+    finish(&program, &moved);
+    wait::until("the folder of the migration to go", Duration::from_secs(10), || {
+        let left = std::fs::read_dir(hosts.run_dir(Side::Source)).expect("a run directory");
+        let of_a_migration =
+            |name: std::ffi::OsString| name.to_string_lossy().starts_with("source-");
+        (!left.flatten().any(|entry| of_a_migration(entry.file_name()))).then_some(())
+    });
+}
+
 /// Everything on both hosts is killed, and taken up again on both.
 #[test]
 fn everything_killed_and_recovered() {

@@ -13,7 +13,7 @@ use crate::protocol::{
     Completed, DestinationMessage, Empty, Figures, Outcome, PresentMap, PresentMapEnd, Reason,
     Rejoin, SourceMessage,
 };
-use crate::rundir::MigrationDir;
+use crate::rundir::{self, MigrationDir};
 use crate::source::commit;
 use crate::source::cost::Meter;
 use crate::source::figures::{completed, progress};
@@ -91,7 +91,7 @@ enum Joined {
 
 /// Takes over a migration whose session is gone.
 pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<()> {
-    let dir = MigrationDir::open(run_dir, Role::Source, id, Duration::ZERO)?;
+    let dir = MigrationDir::open(run_dir, Role::Source, id, rundir::GLANCE)?;
     dir.note_session()?;
     let journal = commit::journal(&dir)?;
     let (Some(record), Journal::Committing | Journal::Committed) = (Record::read(&dir)?, journal)
