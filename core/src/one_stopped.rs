@@ -155,12 +155,16 @@ impl Found {
     /// Looks through the executable memory of a process.
     fn search(pid: pid_t, mem: &ProcMem) -> Result<Self> {
         let mut found = Self::default();
-        let lines = maps::read(pid)?;
+        let mut lines = maps::read(pid)?;
         if let Some(stack) = lines.iter().find(|l| l.path == b"[stack]") {
             found.stack = stack.start..stack.end;
         }
+        // Code of files first: what a program has generated may be large. Reading holes of shared memory would
+        // fill them, and what is ours is shared.
+        lines.retain(|l| l.prot & libc::PROT_EXEC as u32 != 0 && !l.shared);
+        lines.sort_by_key(|l| l.ino == 0);
         let mut left = SEARCH_LEN_MAX;
-        for line in lines.iter().filter(|l| l.prot & libc::PROT_EXEC as u32 != 0) {
+        for line in &lines {
             left = found.look_through(line, mem, left);
         }
         Ok(found)

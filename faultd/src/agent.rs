@@ -8,6 +8,7 @@
 use crate::carrier::{self, Carrier};
 use crate::dest::{lost, take_over};
 use crate::error::{Error, Result};
+use crate::failpoints;
 use crate::rundir;
 use crate::source::orphans;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -217,7 +218,9 @@ fn start_session(
     command.arg("__destination-session").args(args.to_args());
     if args.id.is_some() {
         // A test that kills the first session wants the second to live.
-        command.env_remove("SLIPSTREAM_KILL_AT");
+        for variable in failpoints::ASKED_AT {
+            command.env_remove(variable);
+        }
     }
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let child = spawn_with(&mut command, &[stream.as_fd(), theirs.as_fd()])

@@ -2,6 +2,8 @@
 //! the side meant: the agent's for names that begin with `destination`, else `slipstream migrate`'s.
 
 use crate::error::{Error, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::getpid;
 
 /// Every point, in the order they are passed. All are before commit: failing there must leave the
 /// process running at the source as if nothing had happened.
@@ -44,11 +46,19 @@ pub const KILL: [&str; 15] = [
     "source-dropped",
 ];
 
-/// Kills this process if the environment asks for it, as SIGKILL from outside would.
+/// The variables that ask for something at a point; a session that takes over from another has none of them.
+pub const ASKED_AT: [&str; 3] = ["SLIPSTREAM_FAIL_AT", "SLIPSTREAM_KILL_AT", "SLIPSTREAM_STOP_AT"];
+
+/// Kills this process if the environment asks for it, as SIGKILL from outside would; or stops it
+/// (`SLIPSTREAM_STOP_AT=NAME`), for a test to take hold of it.
 pub fn reached(point: &'static str) {
     debug_assert!(ALL.contains(&point) || KILL.contains(&point), "{point} is not in a list");
-    if std::env::var_os("SLIPSTREAM_KILL_AT").is_some_and(|asked| asked == point) {
-        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+    for (variable, signal) in
+        [("SLIPSTREAM_KILL_AT", Signal::SIGKILL), ("SLIPSTREAM_STOP_AT", Signal::SIGSTOP)]
+    {
+        if std::env::var_os(variable).is_some_and(|asked| asked == point) {
+            let _ = kill(getpid(), signal);
+        }
     }
 }
 

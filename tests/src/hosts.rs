@@ -242,7 +242,9 @@ impl Hosts {
                 let kind = entry.file_type().ok();
                 if kind.is_some_and(|kind| kind.is_dir()) {
                     folders.push(path);
-                } else if path.extension().is_some_and(|extension| extension == "log") {
+                } else if path.extension().is_some_and(|extension| extension == "log")
+                    || ["exit", "lost", "status.json"].iter().any(|name| path.ends_with(name))
+                {
                     let content = std::fs::read(&path).unwrap_or_default();
                     let tail = &content[content.len().saturating_sub(8000)..];
                     let _ =

@@ -22,6 +22,8 @@ pub mod namespace;
 pub mod process;
 pub mod program;
 pub mod proxy;
+pub mod settle;
+pub mod stepper;
 pub mod wait;
 
 pub use build::{Build, Linkage};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use slipstream_tests::process::{Pidfd, status_field};
 use slipstream_tests::program::Verdict;
+use slipstream_tests::settle::assert_settles;
 use slipstream_tests::{Build, Hosts, Migration, Program, Side, build, wait};
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -231,9 +232,10 @@ fn everything_killed_and_recovered() {
 }
 
 /// Every step of both sides at which a session can be killed (`faultd::failpoints`).
-const STEPS: [&str; 28] = [
+const STEPS: [&str; 29] = [
     "source-connected",
     "source-lanes",
+    "source-staged",
     "source-scratch",
     "source-frozen",
     "source-captured",
@@ -262,18 +264,6 @@ const STEPS: [&str; 28] = [
     "destination-noted",
 ];
 
-/// Whether a program runs: it is there, and not stopped for good.
-fn runs(pid: i32) -> bool {
-    status_field(pid, "State").is_some_and(|state| state.starts_with(['R', 'S', 'D']))
-}
-
-/// Whether its copy on the destination is there.
-fn is_there(program: &Program) -> bool {
-    let comm = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let hosts = program.hosts();
-    hosts.host(Side::Destination).pids().into_iter().any(|pid| comm(pid).starts_with("anon"))
-}
-
 fn killed_at(step: &str) {
     eprintln!("killed at {step}");
     let hosts = Hosts::two();
@@ -289,23 +279,7 @@ fn killed_at(step: &str) {
         step.starts_with("destination") || outcome.event("completed").is_none(),
         "{step}: nothing was killed: {outcome:#?}"
     );
-    // What a source session left is taken up, or said to be nothing.
-    for entry in std::fs::read_dir(hosts.run_dir(Side::Source)).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(id) = name.strip_prefix("source-") else { continue };
-        let mut command = hosts.host(Side::Source).command(build::slipstream());
-        command.args(["recover", id, "--run-dir"]).arg(hosts.run_dir(Side::Source));
-        let output = command.stdin(Stdio::null()).output().expect("running slipstream recover");
-        eprintln!("{step}: recover: {}", String::from_utf8_lossy(&output.stderr));
-    }
-    wait::until(&format!("{step}: exactly one copy"), Duration::from_secs(20), || {
-        (runs(program.pid) != is_there(&program)).then_some(())
-    });
-    program.tell();
-    wait::until(&format!("{step}: a verdict"), Duration::from_secs(60), || {
-        (program.verdict() != Verdict::None).then_some(())
-    });
-    program.assert_ok();
+    assert_settles(&hosts, &program, step);
 }
 
 #[test]

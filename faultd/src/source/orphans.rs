@@ -2,6 +2,7 @@
 //! each, as `slipstream recover` does, so that nobody has to notice.
 
 use crate::events::Role;
+use crate::failpoints;
 use crate::rundir::{self, MigrationDir};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -60,7 +61,9 @@ fn replace(run_dir: &Path, exe: &Path, id: &str) {
     tracing::info!("the source session of migration {id} was killed: another takes its place");
     let mut command = Command::new(exe);
     command.args(["__source-session", "recover"]).arg(run_dir).arg(id);
-    command.env_remove("SLIPSTREAM_KILL_AT");
+    for variable in failpoints::ASKED_AT {
+        command.env_remove(variable);
+    }
     // The agent reaps it.
     match command.stdin(Stdio::null()).stdout(Stdio::null()).spawn() {
         Ok(session) => drop(session),
