@@ -14,6 +14,7 @@ use slipstream_core::capture::presend::{Piece, Presend};
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::manifest::{Manifest, Mapping};
+use slipstream_core::sys::task::Haste;
 use slipstream_transport::{Receiver, Sender};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct Captured {
     pub frozen_at: Instant,
     /// Freeze and capture, measured.
     pub parts: BlackoutParts,
+    /// Up to the end of the blackout.
+    pub haste: Haste,
 }
 
 impl<'a> Presender<'a> {
@@ -131,6 +134,7 @@ impl<'a> Presender<'a> {
         local: &mut Local,
     ) -> Result<Captured> {
         for attempt in 1.. {
+            let haste = Haste::begin();
             let frozen_at = Instant::now();
             let frozen = freeze_outside(self.pid, local.avoid.as_ref(), self.timeout)?;
             let freeze_us = frozen_at.elapsed().as_micros() as u64;
@@ -144,7 +148,7 @@ impl<'a> Presender<'a> {
                     }
                     let capture_us = captured_at.elapsed().as_micros() as u64;
                     let parts = BlackoutParts { freeze_us, capture_us, ..Default::default() };
-                    return Ok(Captured { frozen, manifest, frozen_at, parts });
+                    return Ok(Captured { frozen, manifest, frozen_at, parts, haste });
                 }
                 Err(e @ slipstream_core::Error::Changing { .. }) if attempt >= FREEZES_MAX => {
                     return Err(Error::Refused {
@@ -160,6 +164,7 @@ impl<'a> Presender<'a> {
                 }
                 Err(e) => return Err(e.into()),
             }
+            drop(haste);
             self.interrupts.check()?;
             self.ahead(sender, receiver, local, true)?;
             local::refresh(self.pid, local)?;

@@ -30,6 +30,7 @@ use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::Blocker;
 use slipstream_core::proc::claim::Claim;
 use slipstream_core::sys::pidfd::PidFd;
+use slipstream_core::sys::task::Haste;
 use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
@@ -105,6 +106,7 @@ struct AtTheBrink {
     servers: PageServers,
     parts: BlackoutParts,
     frozen_at: Instant,
+    haste: Haste,
     /// Told after the blackout.
     report: Event,
 }
@@ -377,7 +379,7 @@ impl<'a> Session<'a> {
         record: &mut Record,
     ) -> Result<AtTheBrink> {
         self.enter("freeze");
-        let Captured { frozen, manifest, frozen_at, mut parts } =
+        let Captured { frozen, manifest, frozen_at, mut parts, haste } =
             presender.freeze(&mut link.sender, &mut link.receiver, scratch, local)?;
         let encoded = manifest.encode_to_vec();
         parts.state_bytes = encoded.len() as u64;
@@ -401,7 +403,7 @@ impl<'a> Session<'a> {
         parts.send_us = us(sent_at).saturating_sub(ready.restore_us);
         failpoints::pass("source-ready")?;
         let report = frozen_event(&manifest);
-        Ok(AtTheBrink { frozen, memory, servers, parts, frozen_at, report })
+        Ok(AtTheBrink { frozen, memory, servers, parts, frozen_at, haste, report })
     }
 
     /// What another session would need in place of this one.
@@ -451,6 +453,7 @@ impl<'a> Session<'a> {
         brink.parts.commit_us = us(began);
         let blackout_us = us(brink.frozen_at);
         brink.frozen.abandon();
+        drop(brink.haste);
         let resumed = match answer {
             Ok(DestinationMessage::Resumed(resumed)) => Some(resumed),
             Ok(_) => None,
