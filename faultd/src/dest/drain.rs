@@ -4,6 +4,7 @@ use crate::dest::fault_times::{FaultTimes, Moments};
 use crate::dest::held::{Account, Holdings};
 use crate::dest::journal::{Record, Unfinished};
 use crate::dest::shared_memory::{Sleepers, mapped_until};
+use crate::dest::surplus;
 use crate::error::{Error, Result};
 use crate::failpoints;
 use crate::pages::{
@@ -14,6 +15,7 @@ use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::keeper::Keeper;
 use slipstream_core::restore::memory::{LazyView, lazy_views};
+use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::poll;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
 use slipstream_transport::Pace;
@@ -29,6 +31,9 @@ const WAKE_END: u64 = 0x7fff_ffff_f000;
 
 /// For an event that another one overtook: its thread only has to get a processor.
 const OVERTAKEN_MAX: Duration = Duration::from_secs(5);
+/// For children that are too many to have ended, when a drain is taken up.
+const ROOM_MAX: Duration = Duration::from_secs(5);
+const ROOM_PAUSE: Duration = Duration::from_millis(2);
 
 /// Everything a drain's threads share.
 #[derive(Debug)]
@@ -126,6 +131,7 @@ impl Drain {
         drain.exclusive(|state| -> Result<()> {
             let (children, unfinished) = state.held.replay(&mut state.pages)?;
             state.uffds.extend(children);
+            drain.make_room(state)?;
             if let Some(unfinished) = unfinished {
                 drain.finish_event(state, unfinished)?;
             }
@@ -260,7 +266,12 @@ impl Drain {
     ) -> Result<Happened> {
         let woken = match event {
             Event::Fork { child: Some(child) } => {
-                let child_id = state.held.adopt(&mut state.pages, id, &child)?;
+                let adopted = state.held.adopt(&mut state.pages, id, &child);
+                let Ok(child_id) = adopted else {
+                    // Nobody else may have it yet. It goes with this process, and then its twin has it.
+                    std::mem::forget(child);
+                    return adopted.map(Happened::Forked);
+                };
                 state.uffds.insert(child_id, child);
                 return Ok(Happened::Forked(child_id));
             }
@@ -299,6 +310,27 @@ impl Drain {
             return vec![moved];
         }
         vec![moved, Record::Forget { space, start: from, end: from.saturating_add(len) }]
+    }
+
+    /// Ends children that are too many. True while there are any: to be called again soon.
+    pub fn end_surplus(&self) -> bool {
+        let ended = self.shared(surplus::end);
+        for id in &ended {
+            self.space_ended(*id);
+        }
+        self.shared(|state| !state.held.surplus().is_empty())
+    }
+
+    /// Before an event of another session is dealt with: no child of it may be refused for want of room.
+    fn make_room(&self, state: &mut State) -> Result<()> {
+        let until = Instant::now() + ROOM_MAX;
+        while !state.held.surplus().is_empty() && Instant::now() < until {
+            for id in surplus::end(state) {
+                state.end_space(id)?;
+            }
+            std::thread::sleep(ROOM_PAUSE);
+        }
+        Ok(())
     }
 
     /// Deals with an event that a session had read before it died.
@@ -359,13 +391,9 @@ impl Drain {
 
     /// An address space is gone: nobody waits there any more.
     pub fn space_ended(&self, id: SpaceId) {
-        self.exclusive(|state| {
-            if let Err(e) = state.apply(&[Record::Exit { space: id }]) {
-                self.fail(e);
-            }
-            state.uffds.remove(&id);
-            state.held.let_go(id);
-        });
+        if let Err(e) = self.exclusive(|state| state.end_space(id)) {
+            self.fail(e);
+        }
         self.tell_news();
     }
 
@@ -516,6 +544,23 @@ impl State {
             }
         }
         Ok(woken)
+    }
+
+    fn end_space(&mut self, id: SpaceId) -> Result<()> {
+        let noted = self.apply(&[Record::Exit { space: id }]);
+        self.uffds.remove(&id);
+        self.held.let_go(id);
+        noted.map(drop)
+    }
+
+    /// Children that are too many.
+    pub fn surplus(&self) -> Vec<SpaceId> {
+        self.held.surplus()
+    }
+
+    /// The first process of the moved process's namespace.
+    pub fn init(&self) -> &PidFd {
+        self.held.init()
     }
 
     /// The userfaultfd of a space.

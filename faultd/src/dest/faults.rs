@@ -29,6 +29,8 @@ const EVENTS_IN_A_ROW: usize = 64;
 const FOLLOW_INTERVAL: u32 = 8;
 /// A page with no mapping and no event that says why is given up after this.
 const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
+/// Between two looks at the processes for children that are too many.
+const SURPLUS_PAUSE: Duration = Duration::from_millis(5);
 
 /// What is left to do about a fault.
 enum Next {
@@ -72,6 +74,8 @@ struct Service {
     asked: HashMap<u64, Vec<Asked>>,
     stuck: Vec<Stuck>,
     unanswered: Vec<Unanswered>,
+    /// Children that are too many are there; when they were last looked for.
+    surplus: Option<Instant>,
     pieces: Vec<Piece>,
     follower: Follower,
 }
@@ -114,6 +118,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()
         asked: HashMap::new(),
         stuck: Vec::new(),
         unanswered: Vec::new(),
+        surplus: Some(Instant::now()),
         pieces: Vec::new(),
         follower: Follower {
             pid,
@@ -192,7 +197,10 @@ impl Service {
             match self.drain.read_event(id)? {
                 Happened::Nothing => break,
                 Happened::Other => {}
-                Happened::Forked(child) => self.watch_space(child)?,
+                Happened::Forked(child) => {
+                    self.watch_space(child)?;
+                    self.end_surplus();
+                }
                 Happened::Fault { address, tid } => self.fault(id, address, tid)?,
             }
         }
@@ -322,7 +330,14 @@ impl Service {
         }
     }
 
+    fn end_surplus(&mut self) {
+        self.surplus = self.drain.end_surplus().then(Instant::now);
+    }
+
     fn retry(&mut self) -> Result<()> {
+        if self.surplus.is_some_and(|since| since.elapsed() > SURPLUS_PAUSE) {
+            self.end_surplus();
+        }
         let unanswered = std::mem::take(&mut self.unanswered);
         for Unanswered { space, address, tid } in &unanswered {
             self.fault(*space, *address, *tid)?;

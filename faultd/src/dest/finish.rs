@@ -29,7 +29,7 @@ pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>])
         Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
         Err(e) => return Err(e.into()),
     }
-    for member in namespace_members(pid) {
+    for member in drain.shared(|state| namespace_members(state.init())) {
         leave(member, ours);
     }
     if !process.exited() {
@@ -97,14 +97,16 @@ fn unregister_spans(spans: impl Iterator<Item = Range<u64>>, uffd: &Uffd) {
     }
 }
 
-/// Processes in the same PID namespace, as this host numbers them.
-fn namespace_members(pid: i32) -> Vec<i32> {
+/// Processes under an init, as this host numbers them; without init itself.
+pub fn namespace_members(init: &PidFd) -> Vec<i32> {
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let Some(own) = namespace(pid) else { return Vec::new() };
-    let Ok(dir) = std::fs::read_dir("/proc") else { return vec![pid] };
-    dir.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|other| namespace(*other).as_ref() == Some(&own))
-        .collect()
+    let Some(own) = namespace(init.pid()) else { return Vec::new() };
+    // While it has not ended its number is its own.
+    if init.exited() {
+        return Vec::new();
+    }
+    let pids = slipstream_core::proc::pids().unwrap_or_default().into_iter();
+    pids.filter(|pid| *pid != init.pid() && namespace(*pid).as_ref() == Some(&own)).collect()
 }
 
 /// Removes our mappings from a process, if it has them.
