@@ -86,6 +86,7 @@ macro_rules! destination_sessions_killed {
 destination_sessions_killed! {
     killed_under_drain_touch,
     killed_under_drain_fork,
+    killed_under_drain_children,
     killed_under_drain_unmap,
     killed_under_drain_heap,
     killed_under_drain_shared,
@@ -111,6 +112,23 @@ fn killed_with_a_forked_child_in_hand() {
     finish(&program, &moved);
     let twins = || processes(&hosts, Side::Destination, &["slipstream-twin"]);
     wait::until("the twins to end", Duration::from_secs(10), || twins().is_empty().then_some(()));
+}
+
+/// More children live than can be kept: those beyond are ended, for the others it goes on as ever.
+#[test]
+fn killed_under_a_crowd() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_crowd"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "1"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    program.wait_for_line("crowd");
+    kill(&hosts, Side::Destination, &["slipstream-dst"]);
+    migration.wait().assert_completed();
+    finish(&program, &moved);
 }
 
 /// Everything of Slipstream on the destination is killed at once: `recover` there goes on, without an agent.
