@@ -351,6 +351,10 @@ impl Session<'_> {
             });
         }
         failpoints::reached("destination-run");
+        // The process runs already. The source may forget that it could run only when this can't be forgotten here.
+        if let Err(e) = gate_file.flush() {
+            tracing::warn!("{e}");
+        }
         let resumed = Resumed { host_pid: process.pid() };
         let told = say_to_source(&mut self.sender, DestinationMessage::Resumed(resumed));
         if let Err(e) = told {
