@@ -20,9 +20,9 @@ use crate::protocol::{
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
 use slipstream_core::arch::vdso;
-use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::destination::check_destination;
 use slipstream_core::preflight::requirements::Requirements;
+use slipstream_core::restore::decode::decode_manifest;
 use slipstream_core::restore::engine::{PrepareConfig, Restorer, TimedThread};
 use slipstream_core::restore::newborn::own_vdso;
 use slipstream_core::restore::scratch::{Gate, gate};
@@ -293,8 +293,8 @@ impl Session<'_> {
             STEP_TIMEOUT,
         )?;
         let began = Instant::now();
-        let manifest = Manifest::decode(&*encoded)
-            .map_err(|e| Error::Protocol(format!("malformed manifest ({e})")))?;
+        let manifest = decode_manifest(&encoded)?;
+        drop(encoded);
         let mapped = prepared.restorer.map(&manifest)?;
         failpoints::pass("destination-mapped")?;
         prepared.restorer.install(&manifest, &mapped.uffd)?;
