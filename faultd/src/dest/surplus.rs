@@ -12,6 +12,7 @@ use crate::pages::SpaceId;
 use slipstream_core::proc::maps;
 use slipstream_core::proc::smaps::{self, VmFlags};
 use slipstream_core::sys::pidfd::PidFd;
+use slipstream_core::sys::uffd::Installed;
 
 const PAGE: u64 = 4096;
 
@@ -50,8 +51,12 @@ pub fn end(state: &State) -> Vec<SpaceId> {
 
 /// Marks a child; false when its address space is no more.
 fn mark(state: &State, id: SpaceId, place: u64) -> bool {
-    let marked = state.uffd(id).map_or(Ok(()), |uffd| uffd.register(place, PAGE));
-    marked.map_err(|e| e.raw_os_error()) != Err(Some(libc::ESRCH))
+    let Some(uffd) = state.uffd(id) else { return false };
+    if let Err(e) = uffd.register(place, PAGE) {
+        tracing::debug!("mark a child: {e}");
+    }
+    // Of these two calls only this one says so; the page is there, so that it changes nothing.
+    !matches!(uffd.zero(place, PAGE), Ok(Installed::Gone))
 }
 
 /// Where a process has our scratch memory.
