@@ -114,6 +114,42 @@ fn killed_with_a_forked_child_in_hand() {
     wait::until("the twins to end", Duration::from_secs(10), || twins().is_empty().then_some(()));
 }
 
+/// The process has exited, and a child that it forked still lacks pages: it gets them, whoever is killed, and is left alone
+/// afterwards.
+#[test]
+fn killed_under_an_orphan() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_orphan"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "5"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    program.wait_for_line("orphan");
+    moved.wait_end(LIMIT);
+    kill(&hosts, Side::Destination, &["slipstream-dst"]);
+    assert_eq!(migration.wait().code, Some(0));
+    program.wait_for_line("OK");
+    program.assert_source_dropped();
+}
+
+/// Init is killed, and everything with it: that is no end of the process's own.
+#[test]
+fn killed_with_its_init() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_idle"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "5"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    kill(&hosts, Side::Destination, &["slipstream-dst", "slipstream-init"]);
+    moved.wait_end(LIMIT);
+    assert_eq!(migration.wait().code, Some(6));
+}
+
 /// More children live than can be kept: those beyond are ended, for the others it goes on as ever.
 #[test]
 fn killed_under_a_crowd() {
