@@ -458,7 +458,9 @@ mod tests {
         let with_init = |second, file: Option<&str>| {
             let dir = ended(&run_dir, second, true);
             dir.write(INIT, init.as_bytes()).unwrap();
-            file.iter().for_each(|file| dir.write(file, b"").unwrap());
+            if let Some(file) = file {
+                dir.write(file, b"").unwrap();
+            }
             dir.path.clone()
         };
         let (with_children, completed) = (with_init(2, None), with_init(3, Some(COMPLETED)));
