@@ -7,6 +7,9 @@
 
 use prost::Message;
 
+/// Largest page of a mapping, in bytes: a page is asked for, and arrives, as a whole.
+pub const PAGE_SIZE_MAX: u64 = 4 << 20;
+
 /// All of one process but its lazily moved pages.
 #[derive(Clone, PartialEq, Message)]
 pub struct Manifest {

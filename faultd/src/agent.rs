@@ -33,7 +33,7 @@ const UNDECIDED_MAX: usize = 64;
 /// Sessions at a time, those in their handshake included.
 const SESSIONS_MAX: usize = 256;
 /// Open files without which no agent is started: what init keeps, and some for the agent.
-const FILES_MIN: u64 = 1024;
+const FILES_MIN: u64 = 2048;
 const REAP_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How an agent is run.

@@ -6,8 +6,12 @@ use crate::protocol::{
     SourceMessage,
 };
 use prost::Message;
+use prost::encoding::{WireType, decode_key, decode_varint};
 use slipstream_transport::{Receiver, Sender};
 use std::time::{Duration, Instant};
+
+/// Of [`SourceMessage::Manifest`].
+const MANIFEST_TAG: u32 = 3;
 
 /// Sends a message of the source.
 pub fn say_to_destination(sender: &mut Sender, message: SourceMessage) -> Result<()> {
@@ -44,12 +48,23 @@ pub fn hear_source(receiver: &mut Receiver, timeout: Option<Duration>) -> Result
         Some(t) => receiver.recv_by(MANIFEST_LEN_MAX, Instant::now() + t)?,
         None => receiver.recv(MANIFEST_LEN_MAX)?,
     };
+    if bytes.len() > MESSAGE_LEN_MAX && !is_manifest(&bytes) {
+        return Err(Error::Protocol("a message that is too long".into()));
+    }
     let envelope = FromSource::decode(&*bytes).map_err(|e| malformed(&e))?;
     match envelope.message {
         Some(SourceMessage::Abort(r)) => Err(peer_failed(r)),
         Some(message) => Ok(message),
         None => Err(Error::Protocol("an empty message".into())),
     }
+}
+
+/// Whether a message of the source is a manifest and nothing else: any other that is as long may be far longer once it is
+/// decoded.
+fn is_manifest(mut bytes: &[u8]) -> bool {
+    let key = decode_key(&mut bytes);
+    matches!(key, Ok((MANIFEST_TAG, WireType::LengthDelimited)))
+        && decode_varint(&mut bytes).is_ok_and(|len| len == bytes.len() as u64)
 }
 
 fn malformed(e: &prost::DecodeError) -> Error {
@@ -65,4 +80,25 @@ fn peer_failed(r: Reason) -> Error {
 /// An answer that does not fit.
 pub fn unexpected<T>(wanted: &str) -> Result<T> {
     Err(Error::Protocol(format!("something else than {wanted}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Reason, Stage};
+
+    fn encoded(message: SourceMessage) -> Vec<u8> {
+        FromSource { message: Some(message) }.encode_to_vec()
+    }
+
+    #[test]
+    fn only_a_manifest_may_be_long() {
+        let manifest = encoded(SourceMessage::Manifest(vec![7; 1000]));
+        let stage = encoded(SourceMessage::Stage(Stage::default()));
+        assert!(is_manifest(&manifest));
+        assert!(!is_manifest(&stage));
+        assert!(!is_manifest(&encoded(SourceMessage::Abort(Reason::default()))));
+        // The last of several counts, and all are decoded.
+        assert!(!is_manifest(&[manifest, stage].concat()));
+    }
 }

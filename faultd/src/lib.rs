@@ -1,6 +1,7 @@
 //! The two sides of a migration and the page-fault service between them.
 
 pub mod agent;
+mod at_end;
 pub mod carrier;
 pub mod clocks;
 pub mod commit_protocol;

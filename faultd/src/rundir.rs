@@ -153,6 +153,17 @@ impl MigrationDir {
         (boot == clocks::boot_id().ok()?).then(|| Duration::from_nanos(age_ns.max(0) as u64))
     }
 
+    /// True if nothing is served here any more, and the source knows. `since_exit`: the process's, by a clock that may have
+    /// been set.
+    fn is_over(&self, since_exit: Duration) -> bool {
+        let has = |name| self.file(name).exists();
+        // Children that the process forked may still be without their pages.
+        let init = self.read(INIT).ok().flatten().and_then(|name| String::from_utf8(name).ok());
+        let served = !has(COMPLETED) && init.is_some_and(|name| named_process(&name).is_some());
+        let told_in_vain = since_exit > TELL_MAX && self.age().is_none_or(|age| age > TELL_MAX);
+        !served && (has(BYE) || told_in_vain)
+    }
+
     fn note_birth(&self) -> Result<()> {
         let born = format!("{} {}", clocks::boot_id()?, clocks::host_clocks()?.boottime_ns);
         self.write(BORN, born.as_bytes())
@@ -178,6 +189,10 @@ pub const ROUTE: &str = "route";
 pub const INIT: &str = "init";
 /// File that says why the process was ended before its last page had come.
 pub const LOST: &str = "lost";
+/// What that file says when nobody has seen the process end by itself.
+pub const ENDED_WITH_INIT: &str = "its new host went down, or the first process of its namespace was killed, before the last page had come";
+/// File that says that the source knows how it ended.
+pub const BYE: &str = "bye";
 /// File with the figures of a drain that is over.
 pub const COMPLETED: &str = "completed";
 /// For one who only looks whether a session is at work: it holds the lock for a moment.
@@ -355,23 +370,27 @@ fn read_status(dir: &Path) -> Option<Status> {
 /// Exit notes that are kept.
 const EXITS_MAX: usize = 100;
 
+/// For a source to hear how its migration ended.
+const TELL_MAX: Duration = Duration::from_secs(24 * 3600);
+
 /// Removes the folders of moved processes that have ended, but for the newest: nobody else would.
 pub fn prune(run_dir: &Path) {
-    let Ok(dir) = fs::read_dir(run_dir) else { return };
-    let mut ended: Vec<_> = dir
-        .filter_map(|entry| {
-            let path = entry.ok()?.path();
-            let name = path.file_name()?.to_str()?;
-            let id = name.strip_prefix(prefix(Role::Destination))?;
-            let exited = fs::metadata(path.join(EXIT)).ok()?.modified().ok()?;
-            is_id(id).then_some((exited, path))
+    let mut ended: Vec<_> = destinations(run_dir)
+        .into_iter()
+        .filter_map(|id| {
+            let exit = fs::metadata(destination_file(run_dir, &id, EXIT)).ok()?;
+            Some((exit.modified().ok()?, id))
         })
         .collect();
     ended.sort_unstable();
     let old = ended.len().saturating_sub(EXITS_MAX);
-    for (_, path) in &ended[..old] {
-        if let Err(e) = fs::remove_dir_all(path) {
-            tracing::warn!("cannot remove {}: {e}", path.display());
+    for (exited, id) in &ended[..old] {
+        // A session at work has it locked.
+        let dir = MigrationDir::open(run_dir, Role::Destination, id, Duration::ZERO);
+        if let Ok(dir) = dir
+            && dir.is_over(exited.elapsed().unwrap_or_default())
+        {
+            dir.remove();
         }
     }
 }
@@ -412,6 +431,20 @@ mod tests {
         assert_eq!(made.age(), None);
     }
 
+    /// A process that has ended so many seconds after others.
+    fn ended(run_dir: &Path, second: u64, told: bool) -> MigrationDir {
+        let id = format!("{second:012x}");
+        let dir = MigrationDir::create(run_dir, Role::Destination, &id).unwrap();
+        dir.write(EXIT, b"exit status 0").unwrap();
+        if told {
+            dir.write(BYE, b"").unwrap();
+        }
+        let exit = fs::File::options().write(true).open(dir.file(EXIT)).unwrap();
+        let start = std::time::SystemTime::now() - Duration::from_secs(3600);
+        exit.set_modified(start + Duration::from_secs(second)).unwrap();
+        dir
+    }
+
     #[test]
     fn the_newest_exit_notes_stay() {
         let dir = tempfile::tempdir().unwrap();
@@ -419,22 +452,44 @@ mod tests {
         let running = MigrationDir::create(&run_dir, Role::Destination, "aaaaaaaaaaaa").unwrap();
         let source = MigrationDir::create(&run_dir, Role::Source, "bbbbbbbbbbbb").unwrap();
         source.write(EXIT, b"exit status 0").unwrap();
-        let start = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
-        let ended: Vec<MigrationDir> = (0..EXITS_MAX as u64 + 3)
-            .map(|i| {
-                let id = format!("{i:012x}");
-                let dir = MigrationDir::create(&run_dir, Role::Destination, &id).unwrap();
-                dir.write(EXIT, b"exit status 0").unwrap();
-                let exit = fs::File::options().write(true).open(dir.file(EXIT)).unwrap();
-                exit.set_modified(start + std::time::Duration::from_secs(i)).unwrap();
-                dir
-            })
-            .collect();
+        let ended: Vec<PathBuf> =
+            (0..EXITS_MAX as u64 + 3).map(|i| ended(&run_dir, i, true).path.clone()).collect();
         prune(&run_dir);
         assert!(running.path.exists() && source.path.exists());
-        let left: Vec<bool> = ended.iter().map(|dir| dir.path.exists()).collect();
+        let left: Vec<bool> = ended.iter().map(|path| path.exists()).collect();
         assert_eq!(left[..3], [false; 3]);
         assert!(left[3..].iter().all(|exists| *exists));
+    }
+
+    #[test]
+    fn what_is_not_over_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let at_work = ended(&run_dir, 0, true);
+        let untold = ended(&run_dir, 1, false).path.clone();
+        let init = full_name(std::process::id() as i32).unwrap();
+        let with_init = |second, file: Option<&str>| {
+            let dir = ended(&run_dir, second, true);
+            dir.write(INIT, init.as_bytes()).unwrap();
+            if let Some(file) = file {
+                dir.write(file, b"").unwrap();
+            }
+            dir.path.clone()
+        };
+        let (with_children, completed) = (with_init(2, None), with_init(3, Some(COMPLETED)));
+        for second in 10..10 + EXITS_MAX as u64 {
+            drop(ended(&run_dir, second, true));
+        }
+        prune(&run_dir);
+        assert!(at_work.path.exists() && untold.exists() && with_children.exists());
+        assert!(!completed.exists());
+        assert!(at_work.is_over(Duration::ZERO));
+        // Nobody has asked for a day.
+        let untold =
+            MigrationDir::open(&run_dir, Role::Destination, &format!("{:012x}", 1), Duration::ZERO);
+        let untold = untold.unwrap();
+        untold.write(BORN, b"another-boot 17").unwrap();
+        assert!(!untold.is_over(TELL_MAX / 2) && untold.is_over(TELL_MAX * 2));
     }
 
     #[test]

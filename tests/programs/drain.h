@@ -6,7 +6,9 @@
 #define SLIPSTREAM_TEST_DRAIN_H
 #include "common.h"
 
+#ifndef BIG_LEN
 #define BIG_LEN (256 * MIB)
+#endif
 static char *big;
 static bool drain_done;
 static uint64_t big_seed = 4711;

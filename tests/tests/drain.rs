@@ -67,6 +67,44 @@ fn drain_terminated() {
     assert_eq!(migration.wait_at_most(Duration::from_secs(30)).code, Some(0));
 }
 
+/// A debugger on a forked child when the last page comes is waited for, too: nothing of ours stays in that child.
+#[test]
+fn child_traced_at_the_end() {
+    use nix::sys::ptrace;
+    use nix::unistd::Pid;
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_orphan"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "20"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    program.wait_for_line("orphan");
+    moved.wait_end(Duration::from_secs(60));
+    let named = |pid: &i32| {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        comm.starts_with("drain_orphan")
+    };
+    let pids = hosts.host(Side::Destination).pids();
+    let pid = Pid::from_raw(pids.into_iter().find(named).expect("the child"));
+    ptrace::seize(pid, ptrace::Options::empty()).expect("tracing it");
+    let run_dir = hosts.run_dir(Side::Destination);
+    wait::until("the drain to wait for the tracer", Duration::from_secs(60), || {
+        let folders = std::fs::read_dir(&run_dir).expect("the run directory").flatten();
+        let status = |path: std::path::PathBuf| std::fs::read_to_string(path.join("status.json"));
+        let tracer = format!("process {pid} is traced by process {}", nix::unistd::gettid());
+        let told = |path| status(path).is_ok_and(|s| s.contains(&tracer));
+        folders.map(|f| f.path()).any(told).then_some(())
+    });
+    assert!(!migration.ended(), "the drain is over, and the child has still what is ours");
+    ptrace::interrupt(pid).expect("stopping it");
+    nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::__WALL)).expect("its stop");
+    ptrace::detach(pid, None).expect("letting go");
+    assert_eq!(migration.wait().code, Some(0));
+    program.wait_for_line("OK");
+}
+
 /// Several programs at once, to one agent.
 #[test]
 fn drain_side_by_side() {

@@ -87,6 +87,7 @@ macro_rules! destination_sessions_killed {
 destination_sessions_killed! {
     killed_under_drain_touch,
     killed_under_drain_fork,
+    killed_under_drain_children,
     killed_under_drain_unmap,
     killed_under_drain_heap,
     killed_under_drain_shared,
@@ -112,6 +113,59 @@ fn killed_with_a_forked_child_in_hand() {
     finish(&program, &moved);
     let twins = || processes(&hosts, Side::Destination, &["slipstream-twin"]);
     wait::until("the twins to end", Duration::from_secs(10), || twins().is_empty().then_some(()));
+}
+
+/// The process has exited, and a child that it forked still lacks pages: it gets them, whoever is killed, and is left alone
+/// afterwards.
+#[test]
+fn killed_under_an_orphan() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_orphan"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "5"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    program.wait_for_line("orphan");
+    moved.wait_end(LIMIT);
+    kill(&hosts, Side::Destination, &["slipstream-dst"]);
+    assert_eq!(migration.wait().code, Some(0));
+    program.wait_for_line("OK");
+    program.assert_source_dropped();
+}
+
+/// Init is killed, and everything with it: that is no end of the process's own.
+#[test]
+fn killed_with_its_init() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_idle"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "5"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    kill(&hosts, Side::Destination, &["slipstream-dst", "slipstream-init"]);
+    moved.wait_end(LIMIT);
+    assert_eq!(migration.wait().code, Some(6));
+}
+
+/// More children live than can be kept: those beyond are ended, for the others it goes on as ever.
+#[test]
+fn killed_under_a_crowd() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("drain_crowd"), &[]);
+    let slowly = |command: &mut std::process::Command| {
+        command.args(["--prefetch-limit", "1"]);
+    };
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
+    let moved = migration.wait_resumed();
+    program.wait_for_line("crowd");
+    kill(&hosts, Side::Destination, &["slipstream-dst"]);
+    migration.wait().assert_completed();
+    finish(&program, &moved);
 }
 
 /// Everything of Slipstream on the destination is killed at once: `recover` there goes on, without an agent.

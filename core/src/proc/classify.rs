@@ -7,7 +7,7 @@
 
 use super::maps::MapLine;
 use super::smaps::{SmapsEntry, VmFlags};
-use crate::manifest::{FileKind, Mapping, MappingKind, OpenFile, vm_flag};
+use crate::manifest::{FileKind, Mapping, MappingKind, OpenFile, PAGE_SIZE_MAX, vm_flag};
 use crate::preflight::Blocker;
 use std::collections::HashMap;
 
@@ -46,6 +46,10 @@ pub fn classify(
             continue;
         };
         match kind(line, entry.flags) {
+            Ok(MappingKind::HugetlbAnon) if entry.page_size > PAGE_SIZE_MAX => {
+                let reason = format!("pages of {} MiB can't be moved", entry.page_size >> 20);
+                blockers.push(blocker(line, &reason, "use pages of 2 MiB (MAP_HUGE_2MB)"));
+            }
             Ok(kind) => match objects.id(kind, line) {
                 Ok(object) => mappings.push(mapping(line, entry, kind, object)),
                 Err(blocker) => blockers.push(blocker),

@@ -216,3 +216,23 @@ proptest! {
         }
     }
 }
+
+/// What a page is asked for as a whole has a bound.
+#[test]
+fn huge_pages_that_are_too_large_are_refused_by_name() {
+    let line = MapLine {
+        path: b"/anon_hugepage (deleted)".to_vec(),
+        ino: 7,
+        end: 1 << 30,
+        ..MapLine::default()
+    };
+    let of_size = |page_size: u64| {
+        let entry = SmapsEntry { line: line.clone(), page_size, ..SmapsEntry::default() };
+        classify(std::slice::from_ref(&line), &[entry], &[])
+    };
+    assert!(of_size(2 << 20).is_ok());
+    let Err(Unclassified::Blocked(blockers)) = of_size(1 << 30) else {
+        panic!("it is not refused")
+    };
+    assert!(blockers[0].to_string().contains("pages of 1024 MiB"), "{}", blockers[0]);
+}

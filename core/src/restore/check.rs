@@ -3,17 +3,17 @@
 use crate::arch::Regs;
 use crate::capture::presend::CHANGED_BYTES_MAX;
 use crate::error::{Error, Result};
-use crate::manifest::{AddressRange, Manifest, Mapping, MappingKind};
+use crate::manifest::{AddressRange, Manifest, Mapping, MappingKind, PAGE_SIZE_MAX};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 const PAGE: u64 = 4096;
 const ADDRESS_MAX: u64 = 0x7fff_ffff_f000;
 /// `vm.max_map_count` can be raised; nobody raises it beyond this.
-const MAPPINGS_MAX: usize = 4 << 20;
-const THREADS_MAX: usize = 65536;
-const GUARDS_MAX: usize = 1 << 20;
-const FILES_MAX: usize = 1 << 20;
+pub(super) const MAPPINGS_MAX: usize = 4 << 20;
+pub(super) const THREADS_MAX: usize = 65536;
+pub(super) const GUARDS_MAX: usize = 1 << 20;
+pub(super) const FILES_MAX: usize = 1 << 20;
 /// Largest process number the kernel knows (`PID_MAX_LIMIT`).
 const PID_MAX: i32 = 4 << 20;
 const XSTATE_LEN_MAX: usize = 64 * 1024;
@@ -52,7 +52,7 @@ pub(super) fn check_mapping(v: &Mapping, reserved: &Range<u64>) -> Result<()> {
         return bad(format!("mapping {:#x} is of unknown kind {}", v.start, v.kind));
     };
     let size = u64::from(v.page_size);
-    let page_ok = size.is_power_of_two() && (PAGE..=1 << 30).contains(&size);
+    let page_ok = size.is_power_of_two() && (PAGE..=PAGE_SIZE_MAX).contains(&size);
     if v.start >= v.end
         || v.end > ADDRESS_MAX
         || !page_ok

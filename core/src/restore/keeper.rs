@@ -26,7 +26,7 @@ const OWN: RawFd = 41;
 /// Number, in init, of slot 0.
 const SLOTS: RawFd = 64;
 /// Number of slots.
-pub const SLOTS_MAX: u32 = 512;
+pub const SLOTS_MAX: u32 = 1152;
 /// Length of a request: what to do, the slot, and a number.
 const REQUEST_LEN: usize = 9;
 const FETCH: u8 = b'f';

@@ -1,6 +1,7 @@
 //! Restore: from a manifest to a running process, by syscall programs run inside it.
 
 pub mod check;
+pub mod decode;
 pub mod engine;
 pub mod files;
 pub mod keeper;

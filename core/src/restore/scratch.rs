@@ -87,6 +87,11 @@ impl Gate {
         holds
     }
 
+    /// Has what holds outlive a failure of the power.
+    pub fn flush(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io("flush the gate", e))
+    }
+
     /// What holds now.
     pub fn value(&self) -> u32 {
         self.word().load(Ordering::SeqCst)

@@ -42,6 +42,15 @@ impl PidFd {
         Ok(Self { pid, fd })
     }
 
+    /// The same for a process that may have been reaped; its number is then zero.
+    pub fn adopt_exited(fd: OwnedFd) -> Result<Self> {
+        let copy = fd.try_clone().map_err(|e| Error::io("duplicate a descriptor", e))?;
+        match Self::adopt(fd) {
+            Err(Error::Gone { .. }) => Ok(Self::adopt_unnamed(copy)),
+            adopted => adopted,
+        }
+    }
+
     /// Takes a descriptor that names a process which this PID namespace may not see; its number is
     /// then zero here.
     pub fn adopt_unnamed(fd: OwnedFd) -> Self {

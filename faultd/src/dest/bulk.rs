@@ -1,14 +1,16 @@
 //! Prefetch: one thread a bulk lane. It keeps the lane's pipeline full with runs, and installs what
 //! arrives.
 
-use crate::dest::drain::{Data, Delivered, Drain};
+use crate::dest::drain::{Data, Delivered, Drain, NotMapped};
 use crate::dest::faults::unreadable;
 use crate::dest::limit::Limit;
 use crate::dest::window::Window;
 use crate::error::{Error, Result};
 use crate::pages::{Piece, RunClaim};
 use crate::placement::Placement;
+use slipstream_core::manifest::PAGE_SIZE_MAX;
 use slipstream_core::sys::task;
+use slipstream_transport::lane::REQUEST_LEN_BYTES_MAX;
 use slipstream_transport::{Block, Content, PageLane, PageReply, PageRequest};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,12 +19,12 @@ use std::time::{Duration, Instant};
 
 /// Longest run asked for at once.
 const RUN_BYTES_MAX: u64 = 256 << 10;
+/// A page is asked for as a whole.
+const _: () = assert!(PAGE_SIZE_MAX <= REQUEST_LEN_BYTES_MAX as u64);
 /// Longest wait for work before looking whether the drain has ended.
 const IDLE: Duration = Duration::from_millis(5);
 /// Pause while the fault thread reads the event that keeps a copy out.
 const BLOCKED_PAUSE: Duration = Duration::from_micros(20);
-/// A page with no mapping and no event that says why is given up after this.
-const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
 
 struct Worker {
     drain: Arc<Drain>,
@@ -50,6 +52,7 @@ struct Run {
 /// Starts the thread of a lane. Failures are noted in the drain.
 pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>, limit: Limit) -> JoinHandle<()> {
     std::thread::spawn(move || {
+        let _guard = drain.fail_on_panic();
         task::give_way();
         let mut worker = Worker {
             drain,
@@ -173,19 +176,15 @@ fn deliver(
     data: Data<'_>,
     pieces: &mut Vec<Piece>,
 ) -> Result<()> {
-    let began = Instant::now();
+    let mut not_mapped = NotMapped::default();
     loop {
-        match drain.deliver(run.claim.space, source, data, pieces)? {
-            Delivered::All => return Ok(()),
-            Delivered::NotMapped(piece) if began.elapsed() > NOT_MAPPED_MAX => {
-                drain.give_up(run.claim.space, &piece);
-            }
-            Delivered::Blocked | Delivered::NotMapped(_) => {
-                if drain.has_ended() {
-                    return Ok(());
-                }
-                std::thread::sleep(BLOCKED_PAUSE);
-            }
+        let delivered = drain.deliver(run.claim.space, source, data, pieces)?;
+        if delivered == Delivered::All || drain.has_ended() {
+            return Ok(());
         }
+        if let Some(piece) = not_mapped.after(delivered, Instant::now()) {
+            drain.give_up(run.claim.space, &piece);
+        }
+        std::thread::sleep(BLOCKED_PAUSE);
     }
 }

@@ -20,6 +20,7 @@ use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::{poll, task};
 use slipstream_transport::{PageLane, Receiver, Sender};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -32,6 +33,8 @@ const TICK: Duration = Duration::from_millis(1);
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// For the rest of a message that has begun to arrive.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+/// For init to note how the process ended.
+const NOTE_TIMEOUT: Duration = Duration::from_secs(1);
 /// For the source to say goodbye after completion.
 const BYE_TIMEOUT: Duration = Duration::from_secs(10);
 /// For a thread that is in a system call on a connection which is no more.
@@ -105,9 +108,11 @@ impl Course<'_> {
         }
         let drain_us = self.since.elapsed().as_micros() as u64;
         let exited = finish::has_exited(self.process);
+        if exited {
+            self.look_at_init()?;
+        }
         failpoints::reached("destination-drained");
-        self.await_tracer(link)?;
-        finish::finish(&self.drain, &manifest, self.process, &self.account.ours())?;
+        self.finish(link, &manifest)?;
         self.drain.end();
         join(threads);
         let rdma_bytes = self.rdma.as_ref().map_or(0, Watch::bytes);
@@ -124,11 +129,12 @@ impl Course<'_> {
             say_to_source(link.sender, DestinationMessage::Completed(completed))?;
             hear_source(link.receiver, Some(BYE_TIMEOUT))?;
             self.drain.release();
+            note_bye(self.dir);
             return Ok(());
         }
         self.drain.release();
         self.tell("completed", "");
-        goodbye(link, completed)
+        goodbye(link, self.dir, completed)
     }
 
     fn fetch(&mut self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
@@ -157,10 +163,54 @@ impl Course<'_> {
         Ok(())
     }
 
-    /// Waits until nobody traces the process: what is ours could not be taken out of it.
-    fn await_tracer(&self, link: &mut Link<'_>) -> Result<()> {
-        let (pid, mut told) = (self.process.pid(), None);
-        while let Some(tracer) = finish::tracer(pid) {
+    /// Takes everything of ours out of the process and what it forked; tries again for as long as that fails.
+    fn finish(&self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
+        let ours = self.account.ours();
+        loop {
+            self.await_tracer(link, &ours)?;
+            match self.finish_once(link, manifest, &ours) {
+                Ok(()) => return Ok(()),
+                Err(e) => {
+                    tracing::warn!("{e}");
+                    self.tell("waiting", &format!("every page is there, but {e}"));
+                }
+            }
+            say_to_source(link.sender, DestinationMessage::Progress(self.drain.figures()))?;
+            std::thread::sleep(PROGRESS_INTERVAL);
+        }
+    }
+
+    /// On a thread of its own, for all requests to a stopped thread have to come from the one that stopped it, and the
+    /// source takes silence for a broken connection.
+    fn finish_once(
+        &self,
+        link: &mut Link<'_>,
+        manifest: &Manifest,
+        ours: &[Range<u64>],
+    ) -> Result<()> {
+        let (drain, process) = (&self.drain, self.process);
+        std::thread::scope(|scope| {
+            let finishing = scope.spawn(|| finish::finish(drain, manifest, process, ours));
+            let mut reported = Instant::now();
+            while !finishing.is_finished() {
+                self.drain.wait_news(TICK);
+                if reported.elapsed() >= PROGRESS_INTERVAL {
+                    reported = Instant::now();
+                    // A source that has gone comes back, and is told then.
+                    let figures = DestinationMessage::Progress(self.drain.figures());
+                    if let Err(e) = say_to_source(link.sender, figures) {
+                        tracing::debug!("{e}");
+                    }
+                }
+            }
+            finishing.join().unwrap_or_else(|_| Err(Error::Internal("the end failed".into())))
+        })
+    }
+
+    /// Waits until nobody traces what has something of ours: it could not be taken out.
+    fn await_tracer(&self, link: &mut Link<'_>, ours: &[Range<u64>]) -> Result<()> {
+        let mut told = None;
+        while let Some((pid, tracer)) = finish::traced(&self.drain, ours) {
             if told.replace(tracer) != Some(tracer) {
                 let what = format!("process {pid} is traced by process {tracer}: end that tracer");
                 self.tell("waiting", &format!("every page is there, but {what}"));
@@ -169,6 +219,21 @@ impl Course<'_> {
             std::thread::sleep(PROGRESS_INTERVAL);
         }
         Ok(())
+    }
+
+    /// The process has exited. Init notes how; where init was killed, all was killed with it.
+    fn look_at_init(&self) -> Result<()> {
+        let (noted, until) = (self.dir.file(rundir::EXIT), Instant::now() + NOTE_TIMEOUT);
+        let init_ended = || self.drain.shared(|state| state.init().exited());
+        while !init_ended() && !noted.exists() && Instant::now() < until {
+            std::thread::sleep(TICK);
+        }
+        if noted.exists() || !init_ended() {
+            return Ok(());
+        }
+        self.dir.write(rundir::LOST, rundir::ENDED_WITH_INIT.as_bytes())?;
+        self.drain.end();
+        Err(Error::Lost)
     }
 
     fn look_after_rdma(&mut self, link: &mut Link<'_>) -> Result<()> {
@@ -194,7 +259,7 @@ impl Course<'_> {
             id: self.id.to_owned(),
             role: Role::Destination,
             phase: phase.to_owned(),
-            pid: Some(self.process.pid()),
+            pid: Some(self.process.pid()).filter(|pid| *pid > 0),
             peer: self.peer.to_owned(),
             figures: None,
             detail: detail.to_owned(),
@@ -206,11 +271,19 @@ impl Course<'_> {
 }
 
 /// Tells the source that nothing is missing any more. It ends its copy then.
-pub fn goodbye(link: &mut Link<'_>, completed: Completed) -> Result<()> {
+pub fn goodbye(link: &mut Link<'_>, dir: &MigrationDir, completed: Completed) -> Result<()> {
     say_to_source(link.sender, DestinationMessage::Completed(completed))?;
-    // Whether it says goodbye matters to nobody here.
-    let _ = hear_source(link.receiver, Some(BYE_TIMEOUT));
+    // One that doesn't say goodbye may ask again.
+    if let Ok(SourceMessage::Bye(_)) = hear_source(link.receiver, Some(BYE_TIMEOUT)) {
+        note_bye(dir);
+    }
     Ok(())
+}
+
+fn note_bye(dir: &MigrationDir) {
+    if let Err(e) = dir.write(rundir::BYE, b"") {
+        tracing::warn!("{e}");
+    }
 }
 
 /// True when the agent has handed something over; false when it has ended, which is no reason to end.

@@ -1,9 +1,11 @@
 //! What the threads of a drain share: the pages under their lock, the userfaultfds, and how it goes.
 
+use crate::at_end::AtEnd;
 use crate::dest::fault_times::{FaultTimes, Moments};
 use crate::dest::held::{Account, Holdings};
 use crate::dest::journal::{Record, Unfinished};
 use crate::dest::shared_memory::{Sleepers, mapped_until};
+use crate::dest::surplus;
 use crate::error::{Error, Result};
 use crate::failpoints;
 use crate::pages::{
@@ -14,6 +16,7 @@ use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::keeper::Keeper;
 use slipstream_core::restore::memory::{LazyView, lazy_views};
+use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::poll;
 use slipstream_core::sys::uffd::{Event, Installed, Uffd};
 use slipstream_transport::Pace;
@@ -29,6 +32,9 @@ const WAKE_END: u64 = 0x7fff_ffff_f000;
 
 /// For an event that another one overtook: its thread only has to get a processor.
 const OVERTAKEN_MAX: Duration = Duration::from_secs(5);
+/// For children that are too many to have ended, when a drain is taken up.
+const ROOM_MAX: Duration = Duration::from_secs(5);
+const ROOM_PAUSE: Duration = Duration::from_millis(2);
 
 /// Everything a drain's threads share.
 #[derive(Debug)]
@@ -91,6 +97,31 @@ pub enum Delivered {
     NotMapped(Piece),
 }
 
+/// A page with no mapping and no event that says why is given up after this.
+const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
+
+/// For how long the kernel has had no mapping for a page, with nothing in between that could be the reason.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NotMapped {
+    since: Option<Instant>,
+}
+
+impl NotMapped {
+    /// Takes how a delivery ended; yields the page to be given up, if it is time for that.
+    pub fn after(&mut self, delivered: Delivered, now: Instant) -> Option<Piece> {
+        let Delivered::NotMapped(piece) = delivered else {
+            self.since = None;
+            return None;
+        };
+        let since = *self.since.get_or_insert(now);
+        let over = now.saturating_duration_since(since) > NOT_MAPPED_MAX;
+        over.then(|| {
+            self.since = None;
+            piece
+        })
+    }
+}
+
 impl Drain {
     /// The drain of a restored process. Pages that came with the manifest are there already.
     pub fn new(
@@ -126,6 +157,7 @@ impl Drain {
         drain.exclusive(|state| -> Result<()> {
             let (children, unfinished) = state.held.replay(&mut state.pages)?;
             state.uffds.extend(children);
+            state.make_room()?;
             if let Some(unfinished) = unfinished {
                 drain.finish_event(state, unfinished)?;
             }
@@ -228,7 +260,9 @@ impl Drain {
                 state.unsettled.remove(&id);
                 return Ok(Happened::Nothing);
             }
-            state.sleepers.being_removed(self.pid, state.unsettled.contains(&id))
+            // Children of a process that has exited are init's.
+            let root = state.held.init().pid();
+            state.sleepers.being_removed(root, state.unsettled.contains(&id))
         } else {
             Vec::new()
         };
@@ -260,7 +294,12 @@ impl Drain {
     ) -> Result<Happened> {
         let woken = match event {
             Event::Fork { child: Some(child) } => {
-                let child_id = state.held.adopt(&mut state.pages, id, &child)?;
+                let adopted = state.held.adopt(&mut state.pages, id, &child);
+                let Ok(child_id) = adopted else {
+                    // Nobody else may have it yet. It goes with this process, and then its twin has it.
+                    std::mem::forget(child);
+                    return adopted.map(Happened::Forked);
+                };
                 state.uffds.insert(child_id, child);
                 return Ok(Happened::Forked(child_id));
             }
@@ -299,6 +338,15 @@ impl Drain {
             return vec![moved];
         }
         vec![moved, Record::Forget { space, start: from, end: from.saturating_add(len) }]
+    }
+
+    /// Ends children that are too many. True while there are any: to be called again soon.
+    pub fn end_surplus(&self) -> bool {
+        let ended = self.shared(surplus::end);
+        for id in &ended {
+            self.space_ended(*id);
+        }
+        self.shared(|state| !state.held.surplus().is_empty())
     }
 
     /// Deals with an event that a session had read before it died.
@@ -347,8 +395,14 @@ impl Drain {
     /// A page for which the kernel goes on having no mapping, with no event to say why: it is taken as
     /// unmapped, so that nothing waits for it for ever.
     pub fn give_up(&self, id: SpaceId, piece: &Piece) {
-        tracing::warn!("nothing is mapped at {:#x}; its page is dropped", piece.current_address);
         let (start, len) = (piece.current_address, 4096);
+        // Of a child no number is known, and what the kernel says has to do.
+        if id == SpaceId::PROCESS && mapped_until(self.pid, start).is_some() {
+            return tracing::warn!(
+                "the page at {start:#x} can't be installed, though something is mapped there"
+            );
+        }
+        tracing::warn!("nothing is mapped at {start:#x}; its page is dropped");
         self.exclusive(|state| {
             if let Err(e) = state.apply(&[Record::Forget { space: id, start, end: start + len }]) {
                 self.fail(e);
@@ -359,13 +413,9 @@ impl Drain {
 
     /// An address space is gone: nobody waits there any more.
     pub fn space_ended(&self, id: SpaceId) {
-        self.exclusive(|state| {
-            if let Err(e) = state.apply(&[Record::Exit { space: id }]) {
-                self.fail(e);
-            }
-            state.uffds.remove(&id);
-            state.held.let_go(id);
-        });
+        if let Err(e) = self.exclusive(|state| state.end_space(id)) {
+            self.fail(e);
+        }
         self.tell_news();
     }
 
@@ -485,6 +535,16 @@ impl Drain {
         self.end();
     }
 
+    /// For a thread of the drain: should it panic, the drain fails rather than hang.
+    pub fn fail_on_panic(self: &Arc<Self>) -> AtEnd<impl FnMut() + use<>> {
+        let drain = Arc::clone(self);
+        AtEnd::new(move || {
+            if std::thread::panicking() {
+                drain.fail(Error::Internal("a thread of the drain panicked".into()));
+            }
+        })
+    }
+
     /// The failure, if there was one.
     pub fn take_failure(&self) -> Option<Error> {
         lock(&self.failure).take()
@@ -516,6 +576,35 @@ impl State {
             }
         }
         Ok(woken)
+    }
+
+    /// Before an event of another session is dealt with: no child of it may be refused for want of room.
+    fn make_room(&mut self) -> Result<()> {
+        let until = Instant::now() + ROOM_MAX;
+        while !self.held.surplus().is_empty() && Instant::now() < until {
+            for id in surplus::end(self) {
+                self.end_space(id)?;
+            }
+            std::thread::sleep(ROOM_PAUSE);
+        }
+        Ok(())
+    }
+
+    fn end_space(&mut self, id: SpaceId) -> Result<()> {
+        let noted = self.apply(&[Record::Exit { space: id }]);
+        self.uffds.remove(&id);
+        self.held.let_go(id);
+        noted.map(drop)
+    }
+
+    /// Children that are too many.
+    pub fn surplus(&self) -> Vec<SpaceId> {
+        self.held.surplus()
+    }
+
+    /// The first process of the moved process's namespace.
+    pub fn init(&self) -> &PidFd {
+        self.held.init()
     }
 
     /// The userfaultfd of a space.
@@ -588,4 +677,32 @@ fn regions(m: &Manifest) -> (Vec<Region>, Vec<(u64, u64, u64)>) {
         }
     }
     (regions, aliases)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_given_up_when_nothing_else_was_said_for_long_enough() {
+        let piece = Piece {
+            source_address: 0x1000,
+            current_address: 0x2000,
+            len_bytes: 4096,
+            kind: PieceKind::Install,
+            doubtful: false,
+        };
+        let begin = Instant::now();
+        let at = |seconds: f64| begin + Duration::from_secs_f64(seconds);
+        let mut clock = NotMapped::default();
+        // What it waited for before is no reason.
+        assert_eq!(clock.after(Delivered::Blocked, at(0.0)), None);
+        assert_eq!(clock.after(Delivered::NotMapped(piece), at(10.0)), None);
+        assert_eq!(clock.after(Delivered::NotMapped(piece), at(11.9)), None);
+        assert_eq!(clock.after(Delivered::Blocked, at(11.95)), None);
+        assert_eq!(clock.after(Delivered::NotMapped(piece), at(12.5)), None);
+        assert_eq!(clock.after(Delivered::NotMapped(piece), at(14.4)), None);
+        assert_eq!(clock.after(Delivered::NotMapped(piece), at(14.6)), Some(piece));
+        assert_eq!(clock.after(Delivered::NotMapped(piece), at(14.7)), None);
+    }
 }

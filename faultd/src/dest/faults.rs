@@ -4,7 +4,7 @@
 //! also reads every other event, so a copy that the kernel refuses while an event is unread is simply
 //! tried again after the next round.
 
-use crate::dest::drain::{Data, Delivered, Drain, Happened};
+use crate::dest::drain::{Data, Delivered, Drain, Happened, NotMapped};
 use crate::dest::fault_times::Moments;
 use crate::error::{Error, Result};
 use crate::pages::{FaultAction, Piece, SpaceId};
@@ -13,7 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use slipstream_core::proc::cpu::{self, ThreadNumbers};
 use slipstream_core::sys::task;
 use slipstream_transport::{Block, Content, Pace, PageLane, PageRequest};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -27,8 +27,8 @@ const IDLE_MS: u16 = 50;
 const EVENTS_IN_A_ROW: usize = 64;
 /// Faults between two looks at the CPU that they come from.
 const FOLLOW_INTERVAL: u32 = 8;
-/// A page with no mapping and no event that says why is given up after this.
-const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
+/// Between two looks at the processes for children that are too many.
+const SURPLUS_PAUSE: Duration = Duration::from_millis(5);
 
 /// What is left to do about a fault.
 enum Next {
@@ -63,6 +63,7 @@ struct Stuck {
     source: u64,
     asked: Asked,
     since: Instant,
+    not_mapped: NotMapped,
 }
 
 struct Service {
@@ -70,8 +71,12 @@ struct Service {
     lane: Box<dyn PageLane>,
     epoll: Epoll,
     asked: HashMap<u64, Vec<Asked>>,
+    /// Of what was asked for, what the lane had no room for yet: more threads may fault than it holds requests.
+    unposted: VecDeque<PageRequest>,
     stuck: Vec<Stuck>,
     unanswered: Vec<Unanswered>,
+    /// Children that are too many are there; when they were last looked for.
+    surplus: Option<Instant>,
     pieces: Vec<Piece>,
     follower: Follower,
 }
@@ -112,8 +117,10 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()
         lane,
         epoll,
         asked: HashMap::new(),
+        unposted: VecDeque::new(),
         stuck: Vec::new(),
         unanswered: Vec::new(),
+        surplus: Some(Instant::now()),
         pieces: Vec::new(),
         follower: Follower {
             pid,
@@ -127,6 +134,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>) -> Result<JoinHandle<()
         service.watch_space(id)?;
     }
     Ok(std::thread::spawn(move || {
+        let _guard = service.drain.fail_on_panic();
         task::prefer_this_thread();
         if let Err(e) = service.run() {
             service.drain.fail(e);
@@ -160,7 +168,10 @@ impl Service {
         while !self.drain.has_ended() {
             let timeout = if self.lane.busy_poll() {
                 EpollTimeout::ZERO
-            } else if self.stuck.is_empty() && self.unanswered.is_empty() {
+            } else if self.stuck.is_empty()
+                && self.unanswered.is_empty()
+                && self.unposted.is_empty()
+            {
                 EpollTimeout::from(IDLE_MS)
             } else {
                 EpollTimeout::from(1u16)
@@ -192,7 +203,10 @@ impl Service {
             match self.drain.read_event(id)? {
                 Happened::Nothing => break,
                 Happened::Other => {}
-                Happened::Forked(child) => self.watch_space(child)?,
+                Happened::Forked(child) => {
+                    self.watch_space(child)?;
+                    self.end_surplus();
+                }
                 Happened::Fault { address, tid } => self.fault(id, address, tid)?,
             }
         }
@@ -235,12 +249,25 @@ impl Service {
             waiting.push(asked);
             // Another space may be waiting for the same source page already.
             if waiting.len() == 1 {
-                let request = PageRequest { address: source, len_bytes: len_bytes as u32 };
-                self.lane.post(request, source)?;
+                self.unposted
+                    .push_back(PageRequest { address: source, len_bytes: len_bytes as u32 });
+                self.post()?;
                 if alone {
                     // Others may have faulted, too, but this one is not kept waiting while that is found out.
                     self.lane.flush()?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for pages, as many as the lane holds; for the others when some have come.
+    fn post(&mut self) -> Result<()> {
+        while let Some(request) = self.unposted.front() {
+            match self.lane.post(*request, request.address) {
+                Ok(()) => drop(self.unposted.pop_front()),
+                Err(slipstream_transport::Error::QueueFull { .. }) => return Ok(()),
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(())
@@ -289,7 +316,8 @@ impl Service {
         for mut asked in self.asked.remove(&source).unwrap_or_default() {
             asked.absent = absent;
             asked.arrived = bytes.to_vec();
-            let stuck = Stuck { source, asked, since: Instant::now() };
+            let (since, not_mapped) = (Instant::now(), NotMapped::default());
+            let stuck = Stuck { source, asked, since, not_mapped };
             if let Some(stuck) = self.install(stuck)? {
                 self.stuck.push(stuck);
             }
@@ -299,7 +327,7 @@ impl Service {
 
     /// Installs a page; gives it back if an event must be read first.
     fn install(&mut self, stuck: Stuck) -> Result<Option<Stuck>> {
-        let Stuck { source, asked, since } = stuck;
+        let Stuck { source, asked, since, mut not_mapped } = stuck;
         let data =
             if asked.absent { Data::Zeros(asked.len_bytes) } else { Data::Bytes(&asked.arrived) };
         match self.drain.deliver(asked.space, source, data, &mut self.pieces)? {
@@ -312,17 +340,27 @@ impl Service {
                 self.drain.record_fault(&moments);
                 Ok(None)
             }
-            Delivered::NotMapped(piece) if since.elapsed() > NOT_MAPPED_MAX => {
-                self.drain.give_up(asked.space, &piece);
-                Ok(Some(Stuck { source, asked, since }))
-            }
-            Delivered::Blocked | Delivered::NotMapped(_) => {
-                Ok(Some(Stuck { source, asked, since }))
+            delivered => {
+                if let Some(piece) = not_mapped.after(delivered, Instant::now()) {
+                    self.drain.give_up(asked.space, &piece);
+                }
+                Ok(Some(Stuck { source, asked, since, not_mapped }))
             }
         }
     }
 
+    fn end_surplus(&mut self) {
+        self.surplus = self.drain.end_surplus().then(Instant::now);
+    }
+
     fn retry(&mut self) -> Result<()> {
+        if !self.unposted.is_empty() {
+            self.post()?;
+            self.lane.flush()?;
+        }
+        if self.surplus.is_some_and(|since| since.elapsed() > SURPLUS_PAUSE) {
+            self.end_surplus();
+        }
         let unanswered = std::mem::take(&mut self.unanswered);
         for Unanswered { space, address, tid } in &unanswered {
             self.fault(*space, *address, *tid)?;

@@ -1,7 +1,7 @@
 //! The end of a drain: nothing of Slipstream stays in the process, nor in children it forked.
 
 use crate::dest::drain::Drain;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pages::{SpaceId, Span};
 use crate::protocol::PresentRun;
 use slipstream_core::freeze::Frozen;
@@ -19,29 +19,68 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// For a process without memory to have ended.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Looks for what has still mappings of ours. A child that was forked meanwhile needs another one.
+const PASSES: u32 = 8;
+const PASS_PAUSE: Duration = Duration::from_millis(5);
+
 /// Ends fault handling, removes our mappings, and puts back what had to wait for the last page.
-/// `ours` are the ranges that restore mapped, that with its code first.
+/// `ours` are the ranges that restore mapped, that with its code first. On failure the drain has to go on: something of ours is
+/// still there.
 pub fn finish(drain: &Drain, m: &Manifest, process: &PidFd, ours: &[Range<u64>]) -> Result<()> {
-    let pid = process.pid();
-    unregister_process(drain, pid);
-    unregister_children(drain);
-    match wait_left(pid, &ours[0]) {
-        Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
-        Err(e) => return Err(e.into()),
+    if !process.exited() {
+        unregister_process(drain, process.pid())?;
+        unless_gone(wait_left(process.pid(), &ours[0]))?;
     }
-    for member in namespace_members(pid) {
-        leave(member, ours);
-    }
+    leave_all(drain, ours)?;
     if !process.exited() {
         collapse(process, &drain.huge_runs());
-        lock_again(pid, m);
+        lock_again(process.pid(), m);
     }
     Ok(())
 }
 
-/// Who traces a process, if anybody does: nothing can be removed from it meanwhile.
-pub fn tracer(pid: i32) -> Option<i32> {
-    status::read(pid).ok().map(|status| status.tracer_pid).filter(|tracer| *tracer != 0)
+/// Takes what is ours out of the process and out of all that it forked, until a look finds nothing.
+fn leave_all(drain: &Drain, ours: &[Range<u64>]) -> Result<()> {
+    for _ in 0..PASSES {
+        unregister_children(drain)?;
+        let holders = holders(drain, ours);
+        if holders.is_empty() {
+            return Ok(());
+        }
+        for pid in holders {
+            unless_gone(leave(pid, ours))?;
+        }
+        std::thread::sleep(PASS_PAUSE);
+    }
+    Err(Error::Refused {
+        reason: "the process forks faster than what is Slipstream's can be taken out of it".into(),
+        remedy: String::new(),
+    })
+}
+
+fn unless_gone(done: slipstream_core::Result<()>) -> Result<()> {
+    match done {
+        Ok(()) | Err(slipstream_core::Error::Gone { .. }) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// A process that has something of ours and is traced, and by whom: nothing can be removed from it meanwhile.
+pub fn traced(drain: &Drain, ours: &[Range<u64>]) -> Option<(i32, i32)> {
+    let tracer = |pid: i32| status::read(pid).map_or(0, |status| status.tracer_pid);
+    let holders = holders(drain, ours).into_iter();
+    holders.map(|pid| (pid, tracer(pid))).find(|(_, tracer)| *tracer != 0)
+}
+
+/// The process and those it forked, as far as they have mappings of ours.
+fn holders(drain: &Drain, ours: &[Range<u64>]) -> Vec<i32> {
+    let members = drain.shared(|state| namespace_members(state.init())).into_iter();
+    members
+        .filter(|pid| {
+            let lines = maps::read(*pid).unwrap_or_default();
+            ours.iter().any(|range| own_line(&lines, range).is_some())
+        })
+        .collect()
 }
 
 /// Whether the process has ended. One that is ending loses its memory first, and that is what a drain notices.
@@ -60,65 +99,73 @@ pub fn has_exited(process: &PidFd) -> bool {
 /// Unregisters all mappings of the process. It stands still meanwhile: a mapping that moves between the look and
 /// the call would be unregistered in part, and a mapping in two parts can't be moved (`mremap` answers EFAULT).
 /// What is missed here ends when the last reference goes.
-fn unregister_process(drain: &Drain, pid: i32) {
+fn unregister_process(drain: &Drain, pid: i32) -> Result<()> {
     let frozen = match Frozen::freeze(pid, STOP_TIMEOUT) {
         Ok(frozen) => frozen,
-        Err(slipstream_core::Error::Gone { .. }) => return,
-        Err(e) => return tracing::warn!("{e}"),
+        Err(slipstream_core::Error::Gone { .. }) => return Ok(()),
+        Err(e) => return Err(e.into()),
     };
-    if let Ok(lines) = maps::read(pid) {
-        drain.shared(|state| {
-            let Some(uffd) = state.uffd(SpaceId::PROCESS) else { return };
-            for line in lines {
-                // Mappings that can't be registered answer EINVAL.
-                let _ = uffd.unregister(line.start, line.len());
-            }
-        });
-    }
-    if let Err(e) = frozen.thaw() {
-        tracing::warn!("{e}");
-    }
+    let done = maps::read(pid).map_err(Error::from).and_then(|lines| {
+        drain.shared(|state| match state.uffd(SpaceId::PROCESS) {
+            Some(uffd) => lines.iter().try_for_each(|line| unregister(uffd, line.start..line.end)),
+            None => Ok(()),
+        })
+    });
+    // Who can't be let go by hand is let go by the end of this thread.
+    unless_gone(frozen.thaw().map(drop))?;
+    done
 }
 
-fn unregister_children(drain: &Drain) {
+fn unregister_children(drain: &Drain) -> Result<()> {
     drain.shared(|state| {
         for id in state.pages.spaces().filter(|id| *id != SpaceId::PROCESS) {
             let (Some(space), Some(uffd)) = (state.pages.space(id), state.uffd(id)) else {
                 continue;
             };
-            unregister_spans(space.currents_of(0..u64::MAX).iter().map(Span::current), uffd);
+            let spans = space.currents_of(0..u64::MAX);
+            spans.iter().map(Span::current).try_for_each(|range| unregister(uffd, range))?;
         }
-    });
+        Ok(())
+    })
 }
 
-fn unregister_spans(spans: impl Iterator<Item = Range<u64>>, uffd: &Uffd) {
-    for span in spans {
-        let _ = uffd.unregister(span.start, span.end - span.start);
+fn unregister(uffd: &Uffd, range: Range<u64>) -> Result<()> {
+    match uffd.unregister(range.start, range.end - range.start) {
+        // EINVAL: what can't be registered, or is not mapped any more. ENOMEM: the address space is no more (for that this call
+        // has no other answer), or has too many mappings for one to be divided; it ends with the last reference then.
+        Err(e) if !matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOMEM)) => {
+            Err(Error::io(format!("end fault handling at {:#x}", range.start), e))
+        }
+        _ => Ok(()),
     }
 }
 
-/// Processes in the same PID namespace, as this host numbers them.
-fn namespace_members(pid: i32) -> Vec<i32> {
+/// Processes under an init, as this host numbers them; without init itself.
+pub fn namespace_members(init: &PidFd) -> Vec<i32> {
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let Some(own) = namespace(pid) else { return Vec::new() };
-    let Ok(dir) = std::fs::read_dir("/proc") else { return vec![pid] };
-    dir.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|other| namespace(*other).as_ref() == Some(&own))
-        .collect()
+    let Some(own) = namespace(init.pid()) else { return Vec::new() };
+    // While it has not ended its number is its own.
+    if init.exited() {
+        return Vec::new();
+    }
+    let pids = slipstream_core::proc::pids().unwrap_or_default().into_iter();
+    pids.filter(|pid| *pid != init.pid() && namespace(*pid).as_ref() == Some(&own)).collect()
 }
 
 /// Removes our mappings from a process, if it has them.
-fn leave(pid: i32, ours: &[Range<u64>]) {
+fn leave(pid: i32, ours: &[Range<u64>]) -> slipstream_core::Result<()> {
     for range in ours {
-        let Ok(lines) = maps::read(pid) else { return };
-        // A session that was killed may have done this before: the place may have another mapping now.
-        let own = |l: &&MapLine| range.contains(&l.start) && is_ours(&l.path);
-        let Some(first) = lines.iter().find(own) else { continue };
-        match unmap_range(pid, range, &(first.start..first.end), STOP_TIMEOUT) {
-            Ok(()) | Err(slipstream_core::Error::Gone { .. }) => {}
-            Err(e) => tracing::warn!("{e}"),
-        }
+        let lines = maps::read(pid)?;
+        let Some(first) = own_line(&lines, range) else { continue };
+        unmap_range(pid, range, &(first.start..first.end), STOP_TIMEOUT)?;
     }
+    Ok(())
+}
+
+/// The first of our mappings in a range. A session that was killed may have removed them before: the place may have
+/// another mapping now.
+fn own_line<'a>(lines: &'a [MapLine], range: &Range<u64>) -> Option<&'a MapLine> {
+    lines.iter().find(|l| range.contains(&l.start) && is_ours(&l.path))
 }
 
 /// The gate, the scratch memory, or the ring.

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::pages::{PageTable, Pages, SpaceId, TableMemory};
 use prost::Message;
 use slipstream_core::manifest::{Manifest, Mapping};
-use slipstream_core::restore::keeper::Keeper;
+use slipstream_core::restore::keeper::{Keeper, SLOTS_MAX};
 use slipstream_core::restore::memory::RING_SLOTS;
 use slipstream_core::sys::mapped::memfd;
 use slipstream_core::sys::pidfd::PidFd;
@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -29,8 +29,15 @@ const PRIVATE: u32 = 5;
 const SHARED: u32 = 6;
 /// A process: the session's twin.
 const TWIN: u32 = 7;
-/// Two for each slot of the ring: userfaultfd and page table of a child.
+/// Two for each child: its userfaultfd and page table. The process counts as the first.
 const CHILDREN: u32 = 8;
+/// Children that are kept beside the process.
+pub const CHILDREN_MAX: usize = 500;
+/// Room for children that are too many, until they have been ended. They are kept, too: no moment may be without a
+/// keeper.
+const SURPLUS_MAX: usize = 64;
+const SPACES_MAX: usize = 1 + CHILDREN_MAX + SURPLUS_MAX;
+const _: () = assert!(CHILDREN as usize + 2 * SPACES_MAX <= SLOTS_MAX as usize);
 const ACCOUNT_LEN_MAX: u64 = 256 << 20;
 
 /// What a session has to know to finish what another began.
@@ -80,8 +87,8 @@ pub struct Holdings {
     pub journal: Journal,
     private: File,
     shared: File,
-    /// Which child a slot of the ring belongs to; slot 0 is the process's.
-    slots: [Option<SpaceId>; RING_SLOTS],
+    /// Which child a slot belongs to; slot 0 is the process's. The first are slots of the ring, too.
+    slots: [Option<SpaceId>; SPACES_MAX],
     /// Has a child's userfaultfd from the moment on in which its event is read.
     twin: Option<Twin>,
     /// The twin of the session before.
@@ -124,7 +131,7 @@ impl Holdings {
             journal: Journal::create()?,
             private,
             shared,
-            slots: [None; RING_SLOTS],
+            slots: [None; SPACES_MAX],
             twin: None,
             left_twin: None,
         })
@@ -184,7 +191,7 @@ impl Holdings {
             journal: Journal::open(File::from(take(JOURNAL)?))?,
             private: File::from(take(PRIVATE)?),
             shared: File::from(take(SHARED)?),
-            slots: [None; RING_SLOTS],
+            slots: [None; SPACES_MAX],
             twin: None,
             // One that has ended names no process any more.
             left_twin: keeper.take(TWIN)?.and_then(|fd| PidFd::adopt(fd).ok()),
@@ -216,39 +223,51 @@ impl Holdings {
         self.slots.iter().position(|s| *s == Some(id))
     }
 
-    /// Takes a forked child in. Ring and keeper have its userfaultfd before anything else is done: if
-    /// this process dies, the child's threads wait.
+    /// Takes a forked child in. The keeper has its userfaultfd before anything else is done: if this process dies, the
+    /// child's threads wait. On failure this session has to end: its twin keeps the child.
     pub fn adopt(&mut self, pages: &mut Pages, parent: SpaceId, child: &Uffd) -> Result<SpaceId> {
         let len = PageTable::len_bytes(pages.layout());
-        let free = (1..RING_SLOTS).find(|slot| self.slots[*slot].is_none());
-        if let Some(slot) = free {
-            self.journal.note_fork(slot as u64);
-            self.keep_child(slot, child);
-        } else {
-            tracing::warn!(
-                "more children than can be kept: this one lives as long as this session"
-            );
-        }
+        let free = (1..SPACES_MAX).find(|slot| self.slots[*slot].is_none());
+        let slot = free.ok_or_else(|| Error::Refused {
+            reason: format!("the process has more than {CHILDREN_MAX} living children"),
+            remedy: "those that are too many are ended".into(),
+        })?;
+        self.journal.note_fork(slot as u64);
+        self.keep_child(slot, child)?;
         let file = table_file(len)?;
-        if let Some(slot) = free {
-            self.keeper.hold(CHILDREN + 2 * slot as u32 + 1, file.as_fd())?;
-        }
+        self.hold(CHILDREN + 2 * slot as u32 + 1, file.as_fd())?;
         // The table is whole before the record says that it is.
         let id = pages.fork(parent, table(&file, len)?)?;
-        if let Some(slot) = free {
-            self.slots[slot] = Some(id);
-            self.note(pages, &[Record::Fork { parent, child: id, slot: slot as u64 }])?;
-        }
+        self.slots[slot] = Some(id);
+        self.note(pages, &[Record::Fork { parent, child: id, slot: slot as u64 }])?;
         Ok(id)
     }
 
-    fn keep_child(&self, slot: usize, child: &Uffd) {
-        if let Err(e) = ring::hold(self.ring.as_fd(), slot as u32, child.as_fd()) {
+    /// Children that are too many, and have to be ended.
+    pub fn surplus(&self) -> Vec<SpaceId> {
+        self.slots[1 + CHILDREN_MAX..].iter().copied().flatten().collect()
+    }
+
+    fn keep_child(&self, slot: usize, child: &Uffd) -> Result<()> {
+        if slot < RING_SLOTS
+            && let Err(e) = ring::hold(self.ring.as_fd(), slot as u32, child.as_fd())
+        {
             tracing::warn!("{e}");
         }
-        if let Err(e) = self.keeper.hold(CHILDREN + 2 * slot as u32, child.as_fd()) {
-            tracing::warn!("{e}");
+        self.hold(CHILDREN + 2 * slot as u32, child.as_fd())
+    }
+
+    /// Has the keeper keep something, unless all has ended with it.
+    fn hold(&self, slot: u32, fd: BorrowedFd<'_>) -> Result<()> {
+        match self.keeper.hold(slot, fd) {
+            Err(e) if !self.keeper.init().exited() => Err(e.into()),
+            _ => Ok(()),
         }
+    }
+
+    /// The process that keeps everything, the first of the moved process's namespace.
+    pub fn init(&self) -> &PidFd {
+        self.keeper.init()
     }
 
     /// A space has ended: its slot is free.
@@ -334,7 +353,7 @@ impl Holdings {
         let unfinished = self.journal.unfinished()?;
         let fork_slot = unfinished.as_ref().and_then(|u| u.fork_slot);
         // A session may have died before it emptied the slots of a child that had ended.
-        for slot in (1..RING_SLOTS).filter(|s| self.slots[*s].is_none()) {
+        for slot in (1..SPACES_MAX).filter(|s| self.slots[*s].is_none()) {
             if fork_slot != Some(slot as u64) {
                 self.keeper.drop_slot(CHILDREN + 2 * slot as u32)?;
                 self.keeper.drop_slot(CHILDREN + 2 * slot as u32 + 1)?;
@@ -351,7 +370,7 @@ impl Holdings {
         pages: &Pages,
     ) -> Result<Option<(Uffd, TableMemory)>> {
         let index = slot as usize;
-        if !(1..RING_SLOTS).contains(&index) {
+        if !(1..SPACES_MAX).contains(&index) {
             return Err(Error::Internal("the journal of the drain is damaged".into()));
         }
         let number = CHILDREN + 2 * index as u32;
@@ -372,7 +391,7 @@ impl Holdings {
         {
             return Ok(Some(Uffd::from_fd(fd)));
         }
-        let Some(slot) = unfinished.fork_slot.filter(|s| (1..RING_SLOTS as u64).contains(s)) else {
+        let Some(slot) = unfinished.fork_slot.filter(|s| (1..SPACES_MAX as u64).contains(s)) else {
             return Ok(None);
         };
         Ok(self.keeper.take(CHILDREN + 2 * slot as u32)?.map(Uffd::from_fd))
@@ -381,7 +400,7 @@ impl Holdings {
     /// Nothing of the drain is needed any more.
     pub fn release(&self) {
         let children =
-            (1..RING_SLOTS as u32).flat_map(|s| [CHILDREN + 2 * s, CHILDREN + 2 * s + 1]);
+            (1..SPACES_MAX as u32).flat_map(|s| [CHILDREN + 2 * s, CHILDREN + 2 * s + 1]);
         for slot in
             [UFFD, RING, ACCOUNT, JOURNAL, PRIVATE, SHARED, TWIN].into_iter().chain(children)
         {

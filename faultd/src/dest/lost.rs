@@ -22,7 +22,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// is locked: no session takes it up meanwhile.
 pub fn waiting(run_dir: &Path, id: &str) -> Option<MigrationDir> {
     let dir = MigrationDir::open(run_dir, Role::Destination, id, Duration::ZERO).ok()?;
-    let over = [rundir::COMPLETED, rundir::EXIT, rundir::LOST];
+    // A process that has exited may have left children that lack pages: init lives for as long.
+    let over = [rundir::COMPLETED, rundir::LOST];
     let runs = Gate::open(&dir.file("gate")).is_ok_and(|gate| gate.value() == gate::RUN);
     (runs && init_of(&dir).is_some() && !over.iter().any(|f| dir.file(f).exists())).then_some(dir)
 }

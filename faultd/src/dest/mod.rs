@@ -16,5 +16,6 @@ pub mod recover;
 pub mod session;
 pub mod shared_memory;
 pub mod staged;
+mod surplus;
 pub mod take_over;
 mod window;

@@ -33,6 +33,7 @@ pub fn receive_present_map(
                     .unpack()
                     .ok_or_else(|| Error::Protocol("a malformed present map".into()))?;
                 for run in &runs {
+                    gaps.must_follow(run)?;
                     for (start, len) in gaps.before(run) {
                         drain.absent(start, len)?;
                     }
@@ -59,13 +60,25 @@ struct Gaps {
     ranges: Vec<(u64, u64)>,
     index: usize,
     at: u64,
+    /// Of the last run.
+    end: u64,
 }
 
 impl Gaps {
     fn new(lazy: &[LazyRange]) -> Self {
         let ranges: Vec<_> = lazy.iter().map(|r| (r.start, r.start + r.len_bytes)).collect();
         let at = ranges.first().map_or(u64::MAX, |r| r.0);
-        Self { ranges, index: 0, at }
+        Self { ranges, index: 0, at, end: 0 }
+    }
+
+    /// Refuses a run that is not behind all before: there are no more runs than pages then.
+    fn must_follow(&mut self, run: &PresentRun) -> Result<()> {
+        if run.start < self.end || run.len_bytes == 0 {
+            let what = format!("the present map goes back to {:#x}", run.start);
+            return Err(Error::Protocol(what));
+        }
+        self.end = run.start.saturating_add(run.len_bytes);
+        Ok(())
     }
 
     /// The gaps up to a run.
@@ -117,5 +130,15 @@ mod tests {
         assert_eq!(gaps.before(&run(0x3000, 0x1000)), []);
         assert_eq!(gaps.before(&run(0x10000, 0x1000)), [(0x4000, 0x1000)]);
         assert_eq!(gaps.rest(), [(0x11000, 0x1000)]);
+    }
+
+    #[test]
+    fn runs_ascend_over_all_pieces() {
+        let mut gaps = Gaps::new(&[]);
+        assert!(gaps.must_follow(&run(0x2000, 0x1000)).is_ok());
+        assert!(gaps.must_follow(&run(0x3000, 0x1000)).is_ok());
+        assert!(gaps.must_follow(&run(0x3000, 0x1000)).is_err());
+        assert!(gaps.must_follow(&run(0x2000, 0x1000)).is_err());
+        assert!(gaps.must_follow(&run(0x5000, 0)).is_err());
     }
 }

@@ -20,9 +20,9 @@ use crate::protocol::{
 use crate::rundir::{self, MigrationDir};
 use prost::Message;
 use slipstream_core::arch::vdso;
-use slipstream_core::manifest::Manifest;
 use slipstream_core::preflight::destination::check_destination;
 use slipstream_core::preflight::requirements::Requirements;
+use slipstream_core::restore::decode::decode_manifest;
 use slipstream_core::restore::engine::{PrepareConfig, Restorer, TimedThread};
 use slipstream_core::restore::newborn::own_vdso;
 use slipstream_core::restore::scratch::{Gate, gate};
@@ -298,8 +298,8 @@ impl Session<'_> {
         )?;
         let began = Instant::now();
         let haste = Haste::begin();
-        let manifest = Manifest::decode(&*encoded)
-            .map_err(|e| Error::Protocol(format!("malformed manifest ({e})")))?;
+        let manifest = decode_manifest(&encoded)?;
+        drop(encoded);
         let mapped = prepared.restorer.map(&manifest)?;
         failpoints::pass("destination-mapped")?;
         prepared.restorer.install(&manifest, &mapped.uffd)?;
@@ -363,6 +363,13 @@ impl Session<'_> {
             // The source will ask; until then nobody can bring pages.
             tracing::warn!("{e}");
         }
+        // A source that has heard so never takes its copy back; to one that has not, RUN must not be forgotten.
+        // A disk takes its time, and pages shall come.
+        std::thread::spawn(move || {
+            if let Err(e) = gate_file.flush() {
+                tracing::warn!("{e}");
+            }
+        });
         let mut link =
             Link { sender: &mut self.sender, receiver: &mut self.receiver, newcomers: &self.lanes };
         course.run(&mut link, fault_thread, lanes, &timed)

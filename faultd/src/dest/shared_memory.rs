@@ -20,7 +20,7 @@ const RUNNING: &str = "running";
 const MADV_REMOVE: u64 = 9;
 /// Part of the name of what a thread is in, in the kernel, while it waits for an event to be read.
 const WAITING_FOR_READER: &str = "userfaultfd";
-/// For a thread that was woken to look and go back to sleep; it may have to wait for a processor.
+/// For all threads that were woken to look and go back to sleep; they may have to wait for a processor. Nobody is served meanwhile.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Times that a thread must be seen on a processor to be taken for one that computes, before and again after every
 /// processor has got ahead ([`task::every_processor_got_ahead`]). Each look takes several microseconds; going back to sleep
@@ -49,6 +49,7 @@ impl Sleepers {
     /// an event was read since the descriptor last had nothing to read: threads that wait may just be
     /// awake.
     pub fn being_removed(&mut self, pid: i32, settle: bool) -> Vec<Range<u64>> {
+        let settled_by = settle.then(|| Instant::now() + SETTLE_MAX);
         let mut pids = vec![pid];
         let mut now = HashMap::new();
         let mut next = 0;
@@ -61,7 +62,7 @@ impl Sleepers {
                 pids.extend(
                     children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()).take(room),
                 );
-                if let Some(sleeper) = look(&task, self.seen.get(&task), settle) {
+                if let Some(sleeper) = look(&task, self.seen.get(&task), settled_by) {
                     now.insert(task, sleeper);
                 }
             }
@@ -72,8 +73,7 @@ impl Sleepers {
 }
 
 /// What a thread sleeps in; `None` for one that is gone or runs.
-fn look(task: &Path, before: Option<&Sleeper>, settle: bool) -> Option<Sleeper> {
-    let began = Instant::now();
+fn look(task: &Path, before: Option<&Sleeper>, settled_by: Option<Instant>) -> Option<Sleeper> {
     let mut on_processor_seen = 0;
     let mut got_ahead = false;
     loop {
@@ -89,7 +89,7 @@ fn look(task: &Path, before: Option<&Sleeper>, settle: bool) -> Option<Sleeper> 
         if line.trim_end() != RUNNING {
             return Some(Sleeper { runs, removing: removed_by(&line) });
         }
-        if !settle || began.elapsed() > SETTLE_MAX {
+        if settled_by.is_none_or(|deadline| Instant::now() > deadline) {
             return None;
         }
         // The kernel walks the stack of a thread that waits for a processor, not of one that has it.

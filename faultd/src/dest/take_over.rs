@@ -105,15 +105,14 @@ pub fn run(
         return say_to_source(link.sender, DestinationMessage::Outcome(lost));
     }
     let over = dir.read(rundir::COMPLETED)?.and_then(|bytes| Completed::decode(&*bytes).ok());
-    let ended = Completed { exited: true, ..Completed::default() };
     let held = match (over, init) {
-        (Some(completed), _) => return tell_over(&mut link, completed),
-        // It ended by itself, or was killed: nobody misses its pages.
-        (None, None) => return tell_over(&mut link, ended),
+        (Some(completed), _) => return tell_over(&mut link, &dir, completed),
+        (None, None) => return tell_ended(&mut link, &dir),
         (None, Some(init)) => find(init),
     };
-    let Some((holdings, found)) = held? else { return tell_over(&mut link, ended) };
-    let process = PidFd::adopt(found.process)?;
+    let Some((holdings, found)) = held? else { return tell_ended(&mut link, &dir) };
+    // It may have exited, and left children that still lack pages.
+    let process = PidFd::adopt_exited(found.process)?;
     let manifest = found.account.manifest();
     let pace = Arc::new(Pace::default());
     let (uffd, at_work) = (found.uffd, Arc::clone(&pace));
@@ -129,10 +128,21 @@ pub fn run(
     course.run(&mut link, fault_thread, lanes, &[])
 }
 
-fn tell_over(link: &mut Link<'_>, completed: Completed) -> Result<()> {
+fn tell_over(link: &mut Link<'_>, dir: &MigrationDir, completed: Completed) -> Result<()> {
     let outcome = Outcome { run: true, completed: Some(completed.clone()), ..Outcome::default() };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
-    goodbye(link, completed)
+    goodbye(link, dir, completed)
+}
+
+/// There is nothing here any more. If it ended by itself or was killed, nobody misses its pages; but only init knows of that.
+fn tell_ended(link: &mut Link<'_>, dir: &MigrationDir) -> Result<()> {
+    if dir.file(rundir::EXIT).exists() {
+        return tell_over(link, dir, Completed { exited: true, ..Completed::default() });
+    }
+    let why = rundir::ENDED_WITH_INIT;
+    dir.write(rundir::LOST, why.as_bytes())?;
+    let lost = Outcome { run: true, lost: why.into(), ..Outcome::default() };
+    say_to_source(link.sender, DestinationMessage::Outcome(lost))
 }
 
 /// What the keeper has; `None` when the process has ended meanwhile.

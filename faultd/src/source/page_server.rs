@@ -1,5 +1,6 @@
 //! The page server: answers the destination's requests from the frozen copy's memory, a thread a lane.
 
+use crate::at_end::AtEnd;
 use crate::error::{Error, Result};
 use crate::placement::Placement;
 use crate::protocol::{PresentRun, RUNS_PER_MAP};
@@ -122,6 +123,11 @@ impl Drop for PageServers {
 fn serve(channel: Channel, memory: Arc<FrozenMemory>, pace: Arc<Pace>, hot: Arc<AtomicU64>) {
     let purpose = channel.purpose();
     let connection = channel.closer();
+    // Others hold it, too: the destination has to see that nobody answers any more.
+    let _closing = AtEnd::new({
+        let connection = connection.clone();
+        move || connection.close()
+    });
     let mut server = PageServer::new(channel);
     let placement = RefCell::new(Placement::of_this_thread());
     let mut source = Source { memory, pace: Arc::clone(&pace), placement, urgent: None, hot };
