@@ -44,9 +44,14 @@ pub const KILL: [&str; 15] = [
     "source-dropped",
 ];
 
-/// Kills this process if the environment asks for it, as SIGKILL from outside would.
+/// Kills this process if the environment asks for it, as SIGKILL from outside would. With
+/// `SLIPSTREAM_STOP_AT=NAME` it stops at that point, as by SIGSTOP from outside, until a test has done something
+/// there and sends SIGCONT.
 pub fn reached(point: &'static str) {
     debug_assert!(ALL.contains(&point) || KILL.contains(&point), "{point} is not in a list");
+    if std::env::var_os("SLIPSTREAM_STOP_AT").is_some_and(|asked| asked == point) {
+        let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGSTOP);
+    }
     if std::env::var_os("SLIPSTREAM_KILL_AT").is_some_and(|asked| asked == point) {
         let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
     }

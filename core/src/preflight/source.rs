@@ -5,11 +5,14 @@
 //! threads a list of them, empty or not), dnotify marks without an owner, descriptors on their way
 //! through a socket, and events of performance counters that others attached.
 
+mod known;
 mod namespaces;
 mod needs;
 mod sharing;
 mod state;
-pub use state::stopped;
+pub use known::KnownFiles;
+pub(crate) use state::{dispatched, filtered};
+pub use state::{group_stop, stopped};
 
 use super::requirements::Requirements;
 use super::{Blocker, digest};
@@ -105,6 +108,42 @@ pub fn check_process(pid: i32, options: &SourceOptions) -> Result<SourceReport, 
             })
         }
         _ => Err(blockers),
+    }
+}
+
+/// What changes while preparations go on.
+#[derive(Debug)]
+pub struct Again {
+    /// `smaps` of now.
+    pub smaps: Vec<SmapsEntry>,
+    /// Who holds what now.
+    pub holders: Holders,
+}
+
+/// Looks once more at a process that could be moved: what it shares with others, and its files, of which the
+/// destination has heard of those in `known` only.
+pub fn check_again(
+    pid: i32,
+    options: &SourceOptions,
+    known: &KnownFiles,
+) -> Result<Again, Vec<Blocker>> {
+    let process = format!("process {pid}");
+    let mut blockers = Vec::new();
+    match crate::proc::threads(pid) {
+        Ok(tids) => sharing::check(pid, &tids, &mut blockers),
+        Err(e) => blockers.push(Blocker::unknown(&process, &e)),
+    }
+    match memory_and_files(pid, options, &mut blockers) {
+        Some((smaps, holders, _, files)) => {
+            if let Some(what) = known.newer(&files.files, smaps.iter().map(|e| &e.line)) {
+                blockers.push(Blocker::new(process, format!("it {what}"), ""));
+            }
+            if blockers.is_empty() { Ok(Again { smaps, holders }) } else { Err(blockers) }
+        }
+        None if blockers.is_empty() => {
+            Err(vec![Blocker::new(process, "its mappings change all the time", "")])
+        }
+        None => Err(blockers),
     }
 }
 
