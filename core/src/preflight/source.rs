@@ -90,7 +90,7 @@ pub fn check_process(pid: i32, options: &SourceOptions) -> Result<SourceReport, 
     state::check(pid, &status, &mut blockers);
     namespaces::check(pid, &mut blockers);
     sharing::check(pid, &tids, &mut blockers);
-    match memory_and_files(pid, options, &mut blockers) {
+    match memory_and_files(pid, &[pid], options, &mut blockers) {
         Some((smaps, holders, mappings, files)) if blockers.is_empty() => {
             let seen =
                 needs::Seen { pid, status: &status, tids: &tids, smaps: &smaps, files: &files };
@@ -133,7 +133,9 @@ pub fn check_again(
         Ok(tids) => sharing::check(pid, &tids, &mut blockers),
         Err(e) => blockers.push(Blocker::unknown(&process, &e)),
     }
-    match memory_and_files(pid, options, &mut blockers) {
+    // We have the memfds that were sent ahead.
+    let ours = [pid, std::process::id() as i32];
+    match memory_and_files(pid, &ours, options, &mut blockers) {
         Some((smaps, holders, _, files)) => {
             if let Some(what) = known.newer(&files.files, smaps.iter().map(|e| &e.line)) {
                 blockers.push(Blocker::new(process, format!("it {what}"), ""));
@@ -149,9 +151,10 @@ pub fn check_again(
 
 type Found = (Vec<SmapsEntry>, Holders, Vec<Mapping>, CapturedFiles);
 
-/// Mappings and files; `None` if some can't be moved, and the blockers say which.
+/// Mappings and files, of which other processes than `beside` may have some as well; `None` if some can't be moved, and the blockers say which.
 fn memory_and_files(
     pid: i32,
+    beside: &[i32],
     options: &SourceOptions,
     blockers: &mut Vec<Blocker>,
 ) -> Option<Found> {
@@ -161,7 +164,7 @@ fn memory_and_files(
     // The lines in smaps are those of maps: this way both are from one moment.
     let maps: Vec<MapLine> = smaps.iter().map(|e| e.line.clone()).collect();
     let holders = objects_of(pid, &maps)
-        .and_then(|objects| Holders::find(pid, objects))
+        .and_then(|objects| Holders::find_beside(beside, objects))
         .map_err(|e| blockers.push(unknown(e)))
         .ok()?;
     shared_memory(&maps, &holders, blockers);

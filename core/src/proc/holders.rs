@@ -42,6 +42,11 @@ impl Holders {
     /// Looks for `objects` in every process but `pid`. Processes that come and go meanwhile, and
     /// descriptors on their way through a socket, are not seen.
     pub fn find(pid: i32, objects: BTreeSet<Object>) -> Result<Holders> {
+        Self::find_beside(&[pid], objects)
+    }
+
+    /// The same, in every process but `pids`.
+    pub fn find_beside(pids: &[i32], objects: BTreeSet<Object>) -> Result<Holders> {
         let mut holders = Holders { examined: objects, outside: BTreeMap::new() };
         let any = |f: fn(&Object) -> bool| holders.examined.iter().any(f);
         let pipes = any(|o| matches!(o, Object::Pipe { .. }));
@@ -50,7 +55,7 @@ impl Holders {
         if !pipes && !memory && !events {
             return Ok(holders);
         }
-        for other in super::pids()?.into_iter().filter(|other| *other != pid) {
+        for other in super::pids()?.into_iter().filter(|other| !pids.contains(other)) {
             // A process that ends meanwhile holds nothing.
             for object in descriptors(other, events).unwrap_or_default() {
                 holders.note(object, other);
