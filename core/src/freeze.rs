@@ -25,6 +25,8 @@ pub struct FrozenThread {
     /// The registers above are those of an rseq abort: address of the `rseq_cs` word that a copy of
     /// the thread must not find set.
     pub rseq_cs_at: Option<u64>,
+    /// Its process was in group stop.
+    pub group_stop: bool,
 }
 
 /// A frozen process. Dropping it lets the process go on, unless [`Frozen::abandon`] was called.
@@ -53,11 +55,7 @@ impl Frozen {
                 frozen.abort_rseq()?;
                 return Ok(frozen);
             }
-            for tid in fresh {
-                if let Some(thread) = stop(pid, tid, deadline)? {
-                    frozen.threads.push(thread);
-                }
-            }
+            frozen.stop_all(&fresh, deadline)?;
         }
         Err(Error::Refused(format!(
             "process {pid} starts threads faster than they can be stopped; try again"
@@ -76,13 +74,28 @@ impl Frozen {
                 Err(Error::Gone { .. }) => continue,
                 Err(e) => return Err(e),
             }
-            if let Some(thread) = stop(pid, tid, deadline)? {
-                frozen.threads.push(thread);
+            frozen.stop_all(&[tid], deadline)?;
+            if !frozen.threads.is_empty() {
                 frozen.abort_rseq()?;
                 return Ok(frozen);
             }
         }
         Err(Error::Gone { pid })
+    }
+
+    /// Waits for threads that were seized and interrupted. If one fails, all that are in no list yet are let go.
+    fn stop_all(&mut self, fresh: &[pid_t], deadline: Instant) -> Result<()> {
+        for (at, tid) in fresh.iter().enumerate() {
+            match stop(self.pid, *tid, deadline) {
+                Ok(thread) => self.threads.extend(thread),
+                Err(e) => {
+                    // The one that failed last: it may well need all of the time.
+                    let_unlisted_go(self.pid, fresh[at + 1..].iter().chain([tid]));
+                    return Err(e);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn abort_rseq(&mut self) -> Result<()> {
@@ -100,12 +113,7 @@ impl Frozen {
                 Ok(()) => fresh.push(tid),
                 Err(Error::Gone { .. }) => {}
                 Err(e) => {
-                    // Those seized in this round are let go by hand: they are in no list yet.
-                    for tid in fresh {
-                        if let Ok(Some(_)) = stop(self.pid, tid, Instant::now() + LET_GO) {
-                            let _ = ptrace::detach(tid, 0);
-                        }
-                    }
+                    let_unlisted_go(self.pid, &fresh);
                     return Err(e);
                 }
             }
@@ -126,6 +134,11 @@ impl Frozen {
     /// True when a thread executes in `range`.
     pub fn any_inside(&self, range: &Range<u64>) -> bool {
         self.threads.iter().any(|t| range.contains(&t.regs.rip))
+    }
+
+    /// True when somebody has stopped the process by a signal, and it stays stopped when it is let go.
+    pub fn in_group_stop(&self) -> bool {
+        self.threads.iter().any(|t| t.group_stop)
     }
 
     /// Lets the process go on exactly where it was.
@@ -211,6 +224,15 @@ fn let_go(pid: pid_t, t: &FrozenThread) -> Result<()> {
     set.and_then(|()| ptrace::detach(t.tid, 0))
 }
 
+/// Lets threads go that were seized and interrupted and are in no list: by hand.
+fn let_unlisted_go<'a>(pid: pid_t, tids: impl IntoIterator<Item = &'a pid_t>) {
+    for tid in tids {
+        if let Ok(Some(_)) = stop(pid, *tid, Instant::now() + LET_GO) {
+            let _ = ptrace::detach(*tid, 0);
+        }
+    }
+}
+
 /// How long a failed freeze waits for a thread it already interrupted.
 const LET_GO: Duration = Duration::from_millis(500);
 
@@ -239,7 +261,7 @@ pub fn list_threads(pid: pid_t) -> Result<Vec<pid_t>> {
 
 /// Waits for the stop of a thread that was seized and interrupted; `None` when it is gone.
 fn stop(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Option<FrozenThread>> {
-    loop {
+    let group_stop = loop {
         match ptrace::wait_stop_until(tid, deadline)? {
             None => {
                 return Err(Error::Refused(format!(
@@ -250,16 +272,17 @@ fn stop(pid: pid_t, tid: pid_t, deadline: Instant) -> Result<Option<FrozenThread
             Some(Stop::Gone) => return Ok(None),
             // A signal was on its way first: let it be delivered, the stop follows.
             Some(Stop::Signal(signal)) => ptrace::cont(tid, signal)?,
-            Some(Stop::Event | Stop::Syscall) => break,
+            Some(Stop::Event | Stop::Syscall) => break false,
+            Some(Stop::Group) => break true,
         }
-    }
+    };
     let regs = match ptrace::get_regs(tid) {
         Ok(regs) => regs,
         Err(Error::Gone { .. }) => return Ok(None),
         Err(e) => return Err(e),
     };
     let sigmask = ptrace::get_sigmask(tid)?;
-    Ok(Some(FrozenThread { tid, regs, sigmask, rseq_cs_at: None }))
+    Ok(Some(FrozenThread { tid, regs, sigmask, rseq_cs_at: None, group_stop }))
 }
 
 /// Aborts rseq critical sections, as the kernel does for a thread that is preempted in one. It would
@@ -297,3 +320,7 @@ pub fn inner_tids(pid: pid_t, tids: &[pid_t]) -> Result<BTreeMap<pid_t, pid_t>> 
     }
     Ok(map)
 }
+
+#[cfg(test)]
+#[path = "freeze_tests.rs"]
+pub(crate) mod tests;

@@ -51,6 +51,8 @@ pub struct Ran {
     pub entries: Vec<u8>,
     /// Its data, with what syscalls stored there.
     pub data: Vec<u8>,
+    /// The process was in group stop.
+    pub group_stop: bool,
 }
 
 impl SourceScratch {
@@ -64,9 +66,9 @@ impl SourceScratch {
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
         let args = [0, len, prot as u64, flags as u64, u64::MAX, 0];
         let stopped = OneStopped::stop(pid, timeout)?;
-        let base = stopped
-            .syscall(libc::SYS_mmap, args, timeout)?
-            .map_err(|e| Error::sys(format!("map scratch memory in process {pid}"), e))?;
+        stopped.refuse_filtered()?;
+        let base =
+            stopped.syscall(libc::SYS_mmap, args, timeout)?.map_err(|e| no_scratch(pid, e))?;
         stopped.mem().write(base, arch::runner().code)?;
         let mem = stopped.thaw()?;
         Ok(Self { pid, base, len, mem })
@@ -89,6 +91,7 @@ impl SourceScratch {
     pub fn unmap(self, timeout: Duration) -> Result<()> {
         let args = [self.base, self.len, 0, 0, 0, 0];
         let stopped = OneStopped::stop(self.pid, timeout)?;
+        stopped.refuse_filtered()?;
         if holds_runner(stopped.mem(), self.base) {
             stopped.syscall(libc::SYS_munmap, args, timeout)?.map_err(|e| {
                 Error::sys(format!("unmap scratch memory in process {}", self.pid), e)
@@ -166,12 +169,12 @@ impl SourceScratch {
         let deadline = Instant::now() + RUN_TIMEOUT;
         jobs.into_iter()
             .map(|(thread, program, trap)| {
-                wait_trap(thread.tid, signal, trap, deadline)?;
+                let group_stop = wait_trap(thread.tid, signal, trap, deadline)?;
                 let mut entries = vec![0u8; program.entries().len()];
                 self.mem.read(program.entries_base(), &mut entries)?;
                 let mut data = vec![0u8; program.data_bytes().len()];
                 self.mem.read(program.data_base(), &mut data)?;
-                Ok(Ran { tid: thread.tid, program, entries, data })
+                Ok(Ran { tid: thread.tid, program, entries, data, group_stop })
             })
             .collect()
     }
@@ -203,6 +206,16 @@ impl SourceScratch {
     }
 }
 
+fn no_scratch(pid: pid_t, errno: Errno) -> Error {
+    if matches!(errno, Errno::EACCES | Errno::EPERM) {
+        return Error::Refused(format!(
+            "process {pid}: it may not map memory that is written and executed (PR_SET_MDWE, or a security \
+             module); start the program without that"
+        ));
+    }
+    Error::sys(format!("map scratch memory in process {pid}"), errno)
+}
+
 /// Adds the trap and the way back; returns the address of the trap's entry.
 fn finish(program: &mut Program, thread: &FrozenThread, signal: i32) -> u64 {
     let pid = program.may("getpid", libc::SYS_getpid, []);
@@ -220,8 +233,10 @@ fn finish(program: &mut Program, thread: &FrozenThread, signal: i32) -> u64 {
     trap
 }
 
-/// Waits until the thread stops at its trap. Signals from elsewhere are delivered on the way.
-fn wait_trap(tid: pid_t, signal: i32, trap: u64, deadline: Instant) -> Result<()> {
+/// Waits until the thread stops at its trap. Signals from elsewhere are delivered on the way; true if one of
+/// them has stopped the process.
+fn wait_trap(tid: pid_t, signal: i32, trap: u64, deadline: Instant) -> Result<bool> {
+    let mut group_stop = false;
     loop {
         match ptrace::wait_stop_until(tid, deadline)? {
             None => {
@@ -231,9 +246,13 @@ fn wait_trap(tid: pid_t, signal: i32, trap: u64, deadline: Instant) -> Result<()
             Some(Stop::Signal(s))
                 if s == signal && arch::current_entry(&ptrace::get_regs(tid)?) == trap =>
             {
-                return Ok(());
+                return Ok(group_stop);
             }
             Some(Stop::Signal(s)) => ptrace::cont(tid, s)?,
+            Some(Stop::Group) => {
+                group_stop = true;
+                ptrace::cont(tid, 0)?;
+            }
             Some(Stop::Event | Stop::Syscall) => ptrace::cont(tid, 0)?,
         }
     }

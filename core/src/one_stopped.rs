@@ -17,7 +17,9 @@ use crate::arch::{self, Landing, Regs, WayBack};
 use crate::capture::state::proc_text::mm_fields;
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenThread};
+use crate::preflight::source::{dispatched, filtered};
 use crate::proc::maps::{self, MapLine};
+use crate::proc::status;
 use crate::sys::mem::ProcMem;
 use crate::sys::ptrace::{self, Stop};
 use libc::pid_t;
@@ -69,6 +71,9 @@ impl OneStopped {
             ProcMem::open(pid).and_then(|mem| Found::search(pid, &mem)).unwrap_or_default();
         for attempt in 1.. {
             let frozen = Frozen::freeze_one(pid, timeout)?;
+            if let Some(b) = dispatched(frozen.threads()[0].tid)? {
+                return Err(Error::Refused(b.to_string()));
+            }
             let mem = ProcMem::open(pid)?;
             let read = |address: u64, out: &mut [u8]| mem.read(address, out).is_ok();
             let back = before.way_back.syscall(read);
@@ -89,6 +94,17 @@ impl OneStopped {
             return Ok(Self { frozen, mem, insn, landing, stopped: Cell::new(false) });
         }
         Err(Error::Gone { pid })
+    }
+
+    /// Fails if a seccomp filter sees what the thread does: to be asked at the source. The copy's own filters are
+    /// as the program wants them, and let through what restore has left to do, or not.
+    pub fn refuse_filtered(&self) -> Result<()> {
+        let tid = self.frozen.threads()[0].tid;
+        let status = status::read_thread(self.frozen.pid(), tid)?;
+        match filtered(tid, status.seccomp) {
+            Some(b) => Err(Error::Refused(b.to_string())),
+            None => Ok(()),
+        }
     }
 
     /// Memory of the process.
@@ -121,18 +137,21 @@ impl OneStopped {
     }
 
     fn to_syscall_stop(&self, tid: pid_t, nr: i64, deadline: Instant) -> Result<()> {
+        let what = || format!("remote syscall {nr} on thread {tid}");
         loop {
             ptrace::cont_to_syscall(tid)?;
             match ptrace::wait_stop_until(tid, deadline)? {
                 Some(Stop::Syscall) => return Ok(()),
-                Some(Stop::Event) => {}
+                Some(Stop::Event | Stop::Group) if Instant::now() < deadline => {}
                 // The only one that can't be blocked; it stops the process when the thread has been let go.
-                Some(Stop::Signal(signal)) => self.stopped.set(signal == libc::SIGSTOP),
-                Some(Stop::Gone) => return Err(Error::Gone { pid: tid }),
-                None => {
-                    let what = format!("remote syscall {nr} on thread {tid}");
-                    return Err(Error::sys(what, Errno::ETIMEDOUT));
+                Some(Stop::Signal(libc::SIGSTOP)) if Instant::now() < deadline => {
+                    self.stopped.set(true);
                 }
+                Some(Stop::Signal(signal)) if signal != libc::SIGSTOP => {
+                    return Err(Error::Refused(format!("{}: it got signal {signal}", what())));
+                }
+                Some(Stop::Gone) => return Err(Error::Gone { pid: tid }),
+                Some(_) | None => return Err(Error::sys(what(), Errno::ETIMEDOUT)),
             }
         }
     }

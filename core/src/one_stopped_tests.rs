@@ -93,7 +93,7 @@ fn kill_after(tracer: &Child, go: &AtomicU32, calls: u32) -> bool {
                 left -= u32::from(!enters && matters(regs.orig_rax));
             }
             Stop::Gone => panic!("the tracer failed"),
-            Stop::Event | Stop::Signal(_) => {}
+            Stop::Event | Stop::Group | Stop::Signal(_) => {}
         }
     }
     true

@@ -28,5 +28,15 @@ static void work(void) {
 static void check(void) {
     verify(private_pages, LEN, 51, "private");
     verify(shared_pages, LEN, 52, "shared");
+    /* Whom the pages are shared with now. */
+    pid_t child = MUST(fork());
+    if (child == 0) {
+        private_pages[0] ^= 1;
+        shared_pages[0] ^= 1;
+        _exit(0);
+    }
+    reap(child, "a child that writes");
+    CHECK(private_pages[0] == *(char *)&(uint64_t){mix(51)}, "a child wrote to private pages");
+    CHECK(shared_pages[0] != *(char *)&(uint64_t){mix(52)}, "pages are no longer shared with a child");
     CHECK(has_vm_flag(private_pages, "ht") && has_vm_flag(shared_pages, "ht"), "no longer huge pages");
 }

@@ -12,6 +12,7 @@ macro_rules! moved_programs {
 moved_programs! {
     sigactions,
     itimers,
+    itimer_pending,
     posix_timers,
     credentials,
     privileges,

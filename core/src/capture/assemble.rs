@@ -10,12 +10,14 @@ use crate::capture::pages::{certain_runs, collect_guards, read_runs, unstaged_ru
 use crate::capture::presend::{CHANGED_BYTES_MAX, Presend};
 use crate::capture::state::outside::{Host, process_outside, thread_outside};
 use crate::capture::state::remote::{ProcessProbe, ThreadProbe, time_left};
+use crate::capture::state::signals::{Pending, settle_timers};
 use crate::capture::state::sleep::Sleeps;
 use crate::error::{Error, Result};
 use crate::freeze::Frozen;
 use crate::inject::SourceScratch;
 use crate::manifest::{Manifest, Mapping, OpenFile, PageData, Process, Thread};
 use crate::preflight::Blocker;
+use crate::preflight::source::{KnownFiles, dispatched, filtered, group_stop};
 use crate::proc::classify::{Unclassified, classify};
 use crate::proc::holders::Holders;
 use crate::proc::maps::{self, MapLine};
@@ -23,6 +25,7 @@ use crate::proc::smaps::{self, SmapsEntry, VmFlags};
 use crate::sys::mem::ProcMem;
 use crate::sys::pagemap::{Pagemap, Wanted};
 use crate::sys::{ptrace, task};
+use std::time::Instant;
 
 /// What is read before the freeze, because it is too slow for it.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub struct Prior {
     pub smaps: Vec<SmapsEntry>,
     /// Who else holds the process's pipes and memory.
     pub holders: Holders,
+    /// The files that the destination was asked about.
+    pub known_files: KnownFiles,
     /// Since when threads sleep.
     pub sleeps: Sleeps,
     /// There are guard regions: looking for them walks the page tables, so programs that have none
@@ -62,9 +67,14 @@ pub fn capture(
 ) -> Result<Manifest> {
     let pid = frozen.pid();
     refuse_children(pid, frozen)?;
+    if frozen.in_group_stop() {
+        return Err(refuse(&[group_stop(pid)]));
+    }
     let mut process = process_outside(&prior.host, pid)?;
     let (mut threads, switches) = threads_outside(frozen, prior)?;
+    let asked_at = Instant::now();
     run_probes(frozen, scratch, &mut process, &mut threads)?;
+    take_signals(frozen, asked_at, &mut process, &mut threads)?;
     process.future_locks = future_locks(&prior.smaps, scratch);
     process.xsave_layout = XsaveLayout::this_cpu().to_words();
     finish_registers(frozen, scratch, &prior.sleeps, &switches, &mut threads);
@@ -75,6 +85,11 @@ pub fn capture(
     if let Some(object) = captured.unexamined.first() {
         return Err(Error::Refused(format!(
             "process {pid} opened {object:?} while it was being frozen; try again"
+        )));
+    }
+    if let Some(what) = prior.known_files.newer(&captured.files, &lines) {
+        return Err(Error::Refused(format!(
+            "process {pid} {what} while it was being moved; try again"
         )));
     }
     if let Some((object, bytes)) = captured.changing {
@@ -168,6 +183,10 @@ fn threads_outside(frozen: &Frozen, prior: &Prior) -> Result<(Vec<Thread>, Vec<u
     let mut switches = Vec::with_capacity(frozen.threads().len());
     for t in frozen.threads() {
         let mut outside = thread_outside(&prior.host, frozen.pid(), t.tid)?;
+        // Preflight was some time ago, and the thread is about to run system calls of ours.
+        if let Some(b) = filtered(t.tid, outside.seccomp).or(dispatched(t.tid)?) {
+            return Err(refuse(&[b]));
+        }
         outside.thread.sigmask = t.sigmask;
         outside.thread.xstate = ptrace::get_xstate(t.tid)?;
         threads.push(outside.thread);
@@ -191,6 +210,9 @@ fn run_probes(
             process_probe = Some(ProcessProbe::plan(program, &process.timers));
         }
     })?;
+    if ran.iter().any(|ran| ran.group_stop) {
+        return Err(refuse(&[group_stop(frozen.pid())]));
+    }
     for ((probe, ran), thread) in probes.iter().zip(&ran).zip(threads) {
         probe.collect(&ran.program, &ran.entries, &ran.data, thread)?;
     }
@@ -198,6 +220,23 @@ fn run_probes(
         return Err(Error::Gone { pid: frozen.pid() });
     };
     probe.collect(&leader.program, &leader.entries, &leader.data, process)
+}
+
+/// Pending signals as they are when timers have been read: one that expired in between has its signal here.
+fn take_signals(
+    frozen: &Frozen,
+    asked_at: Instant,
+    process: &mut Process,
+    threads: &mut [Thread],
+) -> Result<()> {
+    let pending = Pending::of(process, threads).again(frozen)?;
+    // It can't be blocked: it has come just now, and would stop the copy in the middle of restore.
+    if pending.holds(libc::SIGSTOP) {
+        return Err(refuse(&[group_stop(frozen.pid())]));
+    }
+    settle_timers(process, &pending, asked_at.elapsed().as_nanos() as i64);
+    pending.put(process, threads);
+    Ok(())
 }
 
 /// Registers as the destination shall interpret them, with the time left of timed waits.

@@ -5,11 +5,14 @@
 //! threads a list of them, empty or not), dnotify marks without an owner, descriptors on their way
 //! through a socket, and events of performance counters that others attached.
 
+mod known;
 mod namespaces;
 mod needs;
 mod sharing;
 mod state;
-pub use state::stopped;
+pub use known::KnownFiles;
+pub(crate) use state::{dispatched, filtered};
+pub use state::{group_stop, stopped};
 
 use super::requirements::Requirements;
 use super::{Blocker, digest};
@@ -87,7 +90,7 @@ pub fn check_process(pid: i32, options: &SourceOptions) -> Result<SourceReport, 
     state::check(pid, &status, &mut blockers);
     namespaces::check(pid, &mut blockers);
     sharing::check(pid, &tids, &mut blockers);
-    match memory_and_files(pid, options, &mut blockers) {
+    match memory_and_files(pid, &[pid], options, &mut blockers) {
         Some((smaps, holders, mappings, files)) if blockers.is_empty() => {
             let seen =
                 needs::Seen { pid, status: &status, tids: &tids, smaps: &smaps, files: &files };
@@ -108,11 +111,50 @@ pub fn check_process(pid: i32, options: &SourceOptions) -> Result<SourceReport, 
     }
 }
 
+/// What changes while preparations go on.
+#[derive(Debug)]
+pub struct Again {
+    /// `smaps` of now.
+    pub smaps: Vec<SmapsEntry>,
+    /// Who holds what now.
+    pub holders: Holders,
+}
+
+/// Looks once more at a process that could be moved: what it shares with others, and its files, of which the
+/// destination has heard of those in `known` only.
+pub fn check_again(
+    pid: i32,
+    options: &SourceOptions,
+    known: &KnownFiles,
+) -> Result<Again, Vec<Blocker>> {
+    let process = format!("process {pid}");
+    let mut blockers = Vec::new();
+    match crate::proc::threads(pid) {
+        Ok(tids) => sharing::check(pid, &tids, &mut blockers),
+        Err(e) => blockers.push(Blocker::unknown(&process, &e)),
+    }
+    // We have the memfds that were sent ahead.
+    let ours = [pid, std::process::id() as i32];
+    match memory_and_files(pid, &ours, options, &mut blockers) {
+        Some((smaps, holders, _, files)) => {
+            if let Some(what) = known.newer(&files.files, smaps.iter().map(|e| &e.line)) {
+                blockers.push(Blocker::new(process, format!("it {what}"), ""));
+            }
+            if blockers.is_empty() { Ok(Again { smaps, holders }) } else { Err(blockers) }
+        }
+        None if blockers.is_empty() => {
+            Err(vec![Blocker::new(process, "its mappings change all the time", "")])
+        }
+        None => Err(blockers),
+    }
+}
+
 type Found = (Vec<SmapsEntry>, Holders, Vec<Mapping>, CapturedFiles);
 
-/// Mappings and files; `None` if some can't be moved, and the blockers say which.
+/// Mappings and files, of which other processes than `beside` may have some as well; `None` if some can't be moved, and the blockers say which.
 fn memory_and_files(
     pid: i32,
+    beside: &[i32],
     options: &SourceOptions,
     blockers: &mut Vec<Blocker>,
 ) -> Option<Found> {
@@ -122,7 +164,7 @@ fn memory_and_files(
     // The lines in smaps are those of maps: this way both are from one moment.
     let maps: Vec<MapLine> = smaps.iter().map(|e| e.line.clone()).collect();
     let holders = objects_of(pid, &maps)
-        .and_then(|objects| Holders::find(pid, objects))
+        .and_then(|objects| Holders::find_beside(beside, objects))
         .map_err(|e| blockers.push(unknown(e)))
         .ok()?;
     shared_memory(&maps, &holders, blockers);

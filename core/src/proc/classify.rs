@@ -10,6 +10,7 @@ use super::smaps::{SmapsEntry, VmFlags};
 use crate::manifest::{FileKind, Mapping, MappingKind, OpenFile, PAGE_SIZE_MAX, vm_flag};
 use crate::preflight::Blocker;
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Why mappings could not be classified.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -236,6 +237,8 @@ struct Objects {
     memfds: HashMap<u64, u32>,
     /// Anonymous shared memory by device and inode, numbered in order of appearance.
     anonymous: HashMap<(u64, u64), u32>,
+    /// What of each shared object of huge pages is mapped.
+    huge: HashMap<u32, Vec<Range<u64>>>,
 }
 
 impl Objects {
@@ -246,7 +249,22 @@ impl Objects {
                 memfds.entry(memfd.inode).or_insert(index as u32);
             }
         }
-        Objects { memfds, anonymous: HashMap::new() }
+        Objects { memfds, anonymous: HashMap::new(), huge: HashMap::new() }
+    }
+
+    /// Each mapping of huge pages is made as an object of its own, so no two may show the same part of one.
+    fn huge_once(&mut self, id: u32, line: &MapLine) -> Result<u32, Blocker> {
+        let part = line.offset..line.offset.saturating_add(line.len());
+        let parts = self.huge.entry(id).or_default();
+        if parts.iter().any(|p| p.start < part.end && part.start < p.end) {
+            return Err(blocker(
+                line,
+                "shared huge pages mapped twice",
+                "unmap one in the program",
+            ));
+        }
+        parts.push(part);
+        Ok(id)
     }
 
     fn id(&mut self, kind: MappingKind, line: &MapLine) -> Result<u32, Blocker> {
@@ -259,7 +277,8 @@ impl Objects {
             // A private huge page mapping has a file of its own, which no one else can map.
             MappingKind::ShmemAnon | MappingKind::HugetlbAnon if line.shared => {
                 let next = self.anonymous.len() as u32;
-                Ok(*self.anonymous.entry((line.dev, line.ino)).or_insert(next))
+                let id = *self.anonymous.entry((line.dev, line.ino)).or_insert(next);
+                if kind == MappingKind::HugetlbAnon { self.huge_once(id, line) } else { Ok(id) }
             }
             MappingKind::ShmemAnon => {
                 Err(blocker(line, "a private mapping of shared memory", "unmap it in the program"))

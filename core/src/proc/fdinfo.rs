@@ -15,6 +15,8 @@ pub struct FdInfo {
     pub locks: Vec<String>,
     /// eventfd: its state.
     pub eventfd: Option<EventFd>,
+    /// eventfd: its number in the kernel (since 5.2).
+    pub eventfd_id: Option<u64>,
     /// eventfd: the kernel said whether it is a semaphore (since 6.5); else it counts as plain.
     pub semaphore_told: bool,
     /// timerfd: its state.
@@ -70,6 +72,7 @@ fn take(info: &mut FdInfo, line: &[u8]) -> Option<()> {
         b"flags" => info.flags = octal(value)?,
         b"lock" => info.locks.push(String::from_utf8_lossy(value).into_owned()),
         b"eventfd-count" => info.eventfd.get_or_insert_default().count = hex(value)?.0,
+        b"eventfd-id" => info.eventfd_id = Some(decimal(value)?.0),
         b"eventfd-semaphore" => {
             info.eventfd.get_or_insert_default().semaphore = decimal(value)?.0 != 0;
             info.semaphore_told = true;
@@ -135,6 +138,7 @@ mod tests {
         let i = parse(b"eventfd-count:               1f\neventfd-id: 1\neventfd-semaphore: 1\n")
             .unwrap();
         assert_eq!(i.eventfd, Some(EventFd { count: 31, semaphore: true }));
+        assert_eq!(i.eventfd_id, Some(1));
         let i = parse(
             b"clockid: 1\nticks: 2\nsettime flags: 01\nit_value: (3, 4)\nit_interval: (1, 5)\n",
         )

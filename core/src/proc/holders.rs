@@ -1,6 +1,7 @@
-//! Who else holds a pipe or a piece of shared memory. Looks at every process of the host, so it is
+//! Who else holds a pipe, an eventfd or a piece of shared memory. Looks at every process of the host, so it is
 //! done before the freeze only.
 
+use super::fdinfo;
 use super::maps::{self, MapLine};
 use crate::error::Result;
 use nix::fcntl::{AtFlags, readlinkat};
@@ -15,6 +16,11 @@ pub enum Object {
     Pipe {
         /// Its inode number.
         ino: u64,
+    },
+    /// An eventfd.
+    Event {
+        /// The kernel's number of it.
+        id: u64,
     },
     /// A memfd, anonymous shared memory, or a file of huge pages.
     Memory {
@@ -36,16 +42,22 @@ impl Holders {
     /// Looks for `objects` in every process but `pid`. Processes that come and go meanwhile, and
     /// descriptors on their way through a socket, are not seen.
     pub fn find(pid: i32, objects: BTreeSet<Object>) -> Result<Holders> {
+        Self::find_beside(&[pid], objects)
+    }
+
+    /// The same, in every process but `pids`.
+    pub fn find_beside(pids: &[i32], objects: BTreeSet<Object>) -> Result<Holders> {
         let mut holders = Holders { examined: objects, outside: BTreeMap::new() };
         let any = |f: fn(&Object) -> bool| holders.examined.iter().any(f);
         let pipes = any(|o| matches!(o, Object::Pipe { .. }));
         let memory = any(|o| matches!(o, Object::Memory { .. }));
-        if !pipes && !memory {
+        let events = any(|o| matches!(o, Object::Event { .. }));
+        if !pipes && !memory && !events {
             return Ok(holders);
         }
-        for other in super::pids()?.into_iter().filter(|other| *other != pid) {
+        for other in super::pids()?.into_iter().filter(|other| !pids.contains(other)) {
             // A process that ends meanwhile holds nothing.
-            for object in descriptors(other).unwrap_or_default() {
+            for object in descriptors(other, events).unwrap_or_default() {
                 holders.note(object, other);
             }
             if memory {
@@ -76,7 +88,7 @@ impl Holders {
 
 /// The objects that `pid` holds by descriptors and by the mappings `maps`.
 pub fn objects_of(pid: i32, maps: &[MapLine]) -> Result<BTreeSet<Object>> {
-    let mut objects = descriptors(pid)?;
+    let mut objects = descriptors(pid, true)?;
     objects.extend(mapped(maps));
     Ok(objects)
 }
@@ -103,7 +115,8 @@ fn maps_of_memory(pid: i32) -> Result<Vec<MapLine>> {
         .collect())
 }
 
-fn descriptors(pid: i32) -> Result<BTreeSet<Object>> {
+/// `events` for eventfds as well: of those another file is read.
+fn descriptors(pid: i32, events: bool) -> Result<BTreeSet<Object>> {
     let path = format!("/proc/{pid}/fd");
     let list = |e| super::from_io(pid, &path, e);
     let dir = File::open(&path).map_err(list)?;
@@ -115,6 +128,12 @@ fn descriptors(pid: i32) -> Result<BTreeSet<Object>> {
         let link = link.as_bytes();
         if let Some(ino) = pipe_ino(link) {
             objects.insert(Object::Pipe { ino });
+        } else if link == b"anon_inode:[eventfd]" {
+            let info = |fd: &str| super::read(pid, &format!("fdinfo/{fd}"));
+            let text = name.to_str().filter(|_| events).and_then(|fd| info(fd).ok());
+            if let Some(id) = text.and_then(|text| fdinfo::parse(&text).ok()?.eventfd_id) {
+                objects.insert(Object::Event { id });
+            }
         } else if is_memory(link)
             && let Ok(stat) = nix::sys::stat::fstatat(&dir, name.as_os_str(), AtFlags::empty())
         {
@@ -157,6 +176,22 @@ mod tests {
         assert_eq!(holders.other(pipe), Some(std::process::id() as i32));
         let inside = Object::Pipe { ino: u64::MAX };
         assert!(!holders.examined(inside));
+    }
+
+    #[test]
+    fn an_eventfd_that_a_child_inherits_has_two_holders() {
+        // SAFETY: integers only; without the flag to close it on exec the child has it, too.
+        let fd = unsafe { libc::eventfd(0, 0) };
+        assert!(fd >= 0);
+        let child = Killed(Command::new("sleep").arg("60").spawn().unwrap());
+        let pid = child.0.id() as i32;
+        let info =
+            fdinfo::parse(&crate::proc::read(pid, &format!("fdinfo/{fd}")).unwrap()).unwrap();
+        let event = Object::Event { id: info.eventfd_id.unwrap() };
+        let holders = Holders::find(pid, objects_of(pid, &[]).unwrap()).unwrap();
+        assert_eq!(holders.other(event), Some(std::process::id() as i32));
+        // SAFETY: made above.
+        unsafe { libc::close(fd) };
     }
 
     #[test]

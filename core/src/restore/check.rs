@@ -12,6 +12,8 @@ const ADDRESS_MAX: u64 = 0x7fff_ffff_f000;
 /// `vm.max_map_count` can be raised; nobody raises it beyond this.
 pub(super) const MAPPINGS_MAX: usize = 4 << 20;
 pub(super) const THREADS_MAX: usize = 65536;
+/// Each takes a place in the queue of signals (`RLIMIT_SIGPENDING`).
+const TIMERS_MAX: usize = 1 << 20;
 pub(super) const GUARDS_MAX: usize = 1 << 20;
 pub(super) const FILES_MAX: usize = 1 << 20;
 /// Largest process number the kernel knows (`PID_MAX_LIMIT`).
@@ -23,6 +25,7 @@ const XSTATE_LEN_MIN: usize = 576;
 pub fn check_manifest(m: &Manifest, reserved: &Range<u64>) -> Result<()> {
     check_mappings(m, reserved)?;
     check_threads(m)?;
+    check_timers(m)?;
     check_files(m)?;
     check_pages(m)
 }
@@ -103,6 +106,17 @@ fn check_threads(m: &Manifest) -> Result<()> {
     Ok(())
 }
 
+fn check_timers(m: &Manifest) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    if m.process.timers.len() > TIMERS_MAX {
+        return bad("too many timers");
+    }
+    match m.process.timers.iter().find(|t| t.id < 0 || !seen.insert(t.id)) {
+        Some(timer) => bad(format!("timer {}", timer.id)),
+        None => Ok(()),
+    }
+}
+
 fn check_files(m: &Manifest) -> Result<()> {
     if m.files.len() > FILES_MAX || m.descriptors.len() > FILES_MAX {
         return bad("too many descriptors");
@@ -138,4 +152,23 @@ fn check_pages(m: &Manifest) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::PosixTimer;
+
+    #[test]
+    fn ids_of_timers() {
+        let with = |ids: &[i32]| {
+            let timer = |id: &i32| PosixTimer { id: *id, ..PosixTimer::default() };
+            let mut m = Manifest::default();
+            m.process.timers = ids.iter().map(timer).collect();
+            check_timers(&m)
+        };
+        assert!(with(&[0, 7, i32::MAX]).is_ok());
+        assert!(with(&[-1]).is_err());
+        assert!(with(&[7, 7]).is_err());
+    }
 }

@@ -11,7 +11,7 @@ use crate::program::{Arg, Op, Program, Ref};
 use crate::restore::files::PlannedFiles;
 use crate::restore::scratch::Scratch;
 use crate::sys::uffd;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 /// Bytes of the ring that are mapped.
@@ -89,20 +89,29 @@ pub struct LazyView {
 /// The lazy mappings of a manifest. Of several views of one part of shared memory the first names its
 /// pages; both hosts must agree on which.
 pub fn lazy_views(m: &Manifest) -> Vec<LazyView> {
-    // Object, part of it, address of the view that names it.
-    let mut named: Vec<(u32, u64, u64, u64)> = Vec::new();
+    // For each object by where they begin: end of a part, and the address of the view that names it. None of them
+    // is within another, so that of those that begin before some place the last reaches furthest.
+    let mut named: HashMap<u32, BTreeMap<u64, (u64, u64)>> = HashMap::new();
     let mut views = Vec::new();
     for v in m.mappings.iter().filter(|v| is_lazy(v)) {
         let range = lazy_range(v);
         let shared = v.flags & vm_flag::SHARED != 0;
         let end = v.offset.saturating_add(range.len_bytes);
-        let alias_of = named
-            .iter()
-            .find(|n| shared && n.0 == v.object && n.1 <= v.offset && end <= n.2)
-            .map(|n| n.3 + (v.offset - n.1));
-        if shared && alias_of.is_none() {
-            named.push((v.object, v.offset, end, v.start));
-        }
+        let alias_of = if shared {
+            let parts = named.entry(v.object).or_default();
+            let before = parts.range(..=v.offset).next_back().filter(|(_, part)| end <= part.0);
+            let alias_of = before.map(|(offset, part)| part.1 + (v.offset - offset));
+            if alias_of.is_none() {
+                let within = parts.range(v.offset..end).take_while(|(_, part)| part.0 <= end);
+                for offset in within.map(|(offset, _)| *offset).collect::<Vec<_>>() {
+                    parts.remove(&offset);
+                }
+                parts.insert(v.offset, (end, v.start));
+            }
+            alias_of
+        } else {
+            None
+        };
         let forks = v.flags & (vm_flag::DONTFORK | vm_flag::WIPEONFORK) == 0;
         views.push(LazyView { range, shared, forks, alias_of });
     }
@@ -228,8 +237,12 @@ fn hex(v: &Mapping) -> String {
     format!("{:x}-{:x}", v.start, v.end)
 }
 
+fn share(v: &Mapping) -> i32 {
+    if v.flags & vm_flag::SHARED != 0 { libc::MAP_SHARED } else { libc::MAP_PRIVATE }
+}
+
 fn map_anon(v: &Mapping, extra: i32, p: &mut Program) {
-    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | extra;
+    let mut flags = share(v) | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | extra;
     if v.flags & vm_flag::GROWSDOWN != 0 {
         flags |= libc::MAP_GROWSDOWN;
     }
@@ -240,9 +253,8 @@ fn map_anon(v: &Mapping, extra: i32, p: &mut Program) {
 }
 
 fn map_file(v: &Mapping, fd: Arg, p: &mut Program) {
-    let share = if v.flags & vm_flag::SHARED != 0 { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     let noreserve = if v.flags & vm_flag::NORESERVE != 0 { libc::MAP_NORESERVE } else { 0 };
-    map(v, share | noreserve | libc::MAP_FIXED_NOREPLACE, fd, v.offset, p);
+    map(v, share(v) | noreserve | libc::MAP_FIXED_NOREPLACE, fd, v.offset, p);
 }
 
 fn map(v: &Mapping, flags: i32, fd: Arg, offset: u64, p: &mut Program) {
@@ -436,5 +448,38 @@ fn plan_advice(v: &Mapping, p: &mut Program) {
             libc::SYS_mlock2,
             [v.start.into(), len.into(), libc::MLOCK_ONFAULT.into()],
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(start: u64, offset: u64, pages: u64, object: u32) -> Mapping {
+        Mapping {
+            start,
+            end: start + pages * 4096,
+            kind: MappingKind::ShmemAnon as i32,
+            flags: vm_flag::SHARED,
+            offset: offset * 4096,
+            object,
+            page_size: 4096,
+            ..Mapping::default()
+        }
+    }
+
+    #[test]
+    fn the_first_view_of_a_part_names_it() {
+        let mappings = vec![
+            view(0x10000, 2, 2, 1),
+            view(0x20000, 2, 2, 2),
+            view(0x30000, 3, 1, 1),
+            view(0x40000, 0, 8, 1),
+            view(0x50000, 3, 2, 1),
+            view(0x60000, 7, 2, 1),
+        ];
+        let aliases = lazy_views(&Manifest { mappings, ..Manifest::default() });
+        let aliases: Vec<_> = aliases.iter().map(|v| v.alias_of).collect();
+        assert_eq!(aliases, [None, None, Some(0x11000), None, Some(0x43000), None]);
     }
 }

@@ -12,6 +12,7 @@ const PTRACE_SETSIGMASK: c_uint = 0x420b;
 const PTRACE_PEEKSIGINFO: c_uint = 0x4209;
 const PTRACE_PEEKSIGINFO_SHARED: u32 = 1;
 const PTRACE_GET_RSEQ_CONFIGURATION: c_uint = 0x420f;
+const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: c_uint = 0x4211;
 /// Size of a raw `siginfo_t`.
 pub const SIGINFO_LEN: usize = 128;
 /// The largest XSAVE area known (AMX tiles included) is below this.
@@ -178,11 +179,33 @@ pub fn rseq_config(tid: pid_t) -> Result<RseqConfig> {
     Ok(RseqConfig { address: raw.pointer, len: raw.size, signature: raw.signature })
 }
 
+/// True if Syscall User Dispatch is on in a stopped thread. Kernels before 6.4 don't tell.
+pub fn dispatches_syscalls(tid: pid_t) -> Result<bool> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Config {
+        mode: u64,
+        selector: u64,
+        offset: u64,
+        len: u64,
+    }
+    const _: () = assert!(size_of::<Config>() == 32);
+    let mut config = Config::default();
+    let len = size_of::<Config>();
+    match request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, len, (&raw mut config).cast()) {
+        Ok(_) => Ok(config.mode != 0),
+        Err(Errno::EIO | Errno::EINVAL) => Ok(false),
+        Err(e) => Err(fail(tid, "read syscall dispatch", e)),
+    }
+}
+
 /// Why a thread reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// Stopped by [`interrupt`], as a new traced thread, or at a group stop.
+    /// Stopped by [`interrupt`], or as a new traced thread.
     Event,
+    /// The same in a process that is in group stop, or is entering it.
+    Group,
     /// A signal is about to be delivered.
     Signal(i32),
     /// At the entry to or exit from a syscall.
@@ -229,7 +252,8 @@ fn decode(status: i32) -> Stop {
     if !libc::WIFSTOPPED(status) {
         Stop::Gone
     } else if status >> 16 == EVENT_STOP {
-        Stop::Event
+        // The kernel tells the signal of the group stop (`do_jobctl_trap`), SIGTRAP if there is none.
+        if libc::WSTOPSIG(status) == libc::SIGTRAP { Stop::Event } else { Stop::Group }
     } else if libc::WSTOPSIG(status) == libc::SIGTRAP | 0x80 {
         Stop::Syscall
     } else {

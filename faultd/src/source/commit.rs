@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::failpoints;
 use crate::rundir::MigrationDir;
 use slipstream_core::arch::Regs;
+use slipstream_core::capture::state::signals::Watch;
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::program::{Arg, Program};
@@ -36,6 +37,8 @@ pub fn journal_registers(frozen: &Frozen, dir: &MigrationDir) -> Result<()> {
 /// Journals that the commit may be on its way, parks every thread, and stops the process. From here on
 /// the source copy runs only after NEVER, whatever happens to this session.
 ///
+/// `signals` are those that were captured; others that came since are a reason to fail.
+///
 /// Not before the destination is ready: a session that is killed leaves a frozen process that runs on,
 /// but a parked one that pauses. An error lets the caller's freeze undo all of it.
 pub fn declare(
@@ -43,15 +46,32 @@ pub fn declare(
     scratch: &SourceScratch,
     process: &PidFd,
     dir: &MigrationDir,
+    signals: &Watch,
 ) -> Result<()> {
     dir.write(JOURNAL, Journal::Committing.content())?;
     failpoints::reached("source-journalled");
     frozen.park(scratch.pause_loop())?;
     failpoints::pass("source-parked")?;
+    refuse_lost_signals(frozen, signals)?;
     process.kill(libc::SIGSTOP)?;
     failpoints::reached("source-stopped");
     frozen.forget();
     Ok(())
+}
+
+/// A signal that came after the capture is in no manifest. Nobody takes it while the process is stopped, so
+/// when that goes on here it has it.
+fn refuse_lost_signals(frozen: &Frozen, signals: &Watch) -> Result<()> {
+    match signals.arrived(frozen)? {
+        Some(signal) => Err(Error::Refused {
+            reason: format!(
+                "process {}: signal {signal} arrived while it was being moved",
+                frozen.pid()
+            ),
+            remedy: "try again".into(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// How far the commit of a migration is.

@@ -12,9 +12,10 @@ use slipstream_core::capture::state::outside::Host;
 use slipstream_core::capture::state::sleep::Sleeps;
 use slipstream_core::freeze::list_threads;
 use slipstream_core::preflight::Blocker;
-use slipstream_core::preflight::source::{SourceOptions, SourceReport, check_process, stopped};
-use slipstream_core::proc::holders::{Holders, objects_of};
-use slipstream_core::proc::{maps, smaps, status};
+use slipstream_core::preflight::source::{
+    KnownFiles, SourceOptions, SourceReport, check_again, check_process, stopped,
+};
+use slipstream_core::proc::{maps, status};
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_transport::{Receiver, Sender};
 use std::ops::Range;
@@ -46,20 +47,20 @@ pub fn vdso_range(pid: i32) -> Result<Option<Range<u64>>> {
 pub fn look(pid: i32, stdio: &StdioPolicy) -> std::result::Result<Local, Vec<Blocker>> {
     let options = SourceOptions { stdio: stdio.clone(), ..SourceOptions::default() };
     let report = check_process(pid, &options)?;
-    let prior =
-        prior(pid, stdio).map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
+    let prior = prior(pid, &report, stdio)
+        .map_err(|e| vec![Blocker::unknown(format!("process {pid}"), &e)])?;
     Ok(Local { report, prior, avoid: None, elsewhere: false })
 }
 
-fn prior(pid: i32, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
-    let lines = maps::read(pid)?;
+fn prior(pid: i32, report: &SourceReport, stdio: &StdioPolicy) -> slipstream_core::Result<Prior> {
     let mut sleeps = Sleeps::default();
     sleeps.look(pid, &list_threads(pid)?);
     Ok(Prior {
         host: Host::read()?,
         sleeps,
-        holders: Holders::find(pid, objects_of(pid, &lines)?)?,
-        smaps: smaps::read(pid)?,
+        holders: report.holders.clone(),
+        known_files: KnownFiles::of(&report.files.files, report.smaps.iter().map(|e| &e.line)),
+        smaps: report.smaps.clone(),
         uses_guards: uses_guards(pid)?,
         stdio: stdio.clone(),
     })
@@ -73,10 +74,25 @@ pub fn refresh(pid: i32, local: &mut Local) -> Result<()> {
             remedy: b.remedy,
         });
     }
-    local.prior.smaps = smaps::read(pid)?;
+    let options = SourceOptions { stdio: local.prior.stdio.clone(), ..SourceOptions::default() };
+    let again = check_again(pid, &options, &local.prior.known_files).map_err(|b| since(&b))?;
+    local.prior.smaps = again.smaps;
+    local.prior.holders = again.holders;
     local.prior.uses_guards = uses_guards(pid)?;
     local.prior.sleeps.look(pid, &list_threads(pid)?);
     Ok(())
+}
+
+/// The first of the blockers that were not there when the process was first looked at.
+fn since(blockers: &[Blocker]) -> Error {
+    blockers.first().map_or(Error::Internal("no blocker".into()), |b| Error::Refused {
+        reason: format!("{}: {}, while it was being moved", b.object, b.reason),
+        remedy: if b.remedy.is_empty() {
+            "try again".into()
+        } else {
+            format!("{}; try again", b.remedy)
+        },
+    })
 }
 
 /// The opening message.

@@ -24,6 +24,7 @@ use crate::source::record::Record;
 use prost::Message;
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::capture::frozen_memory::FrozenMemory;
+use slipstream_core::capture::state::signals::Watch;
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::manifest::Manifest;
@@ -102,6 +103,7 @@ struct Connections {
 /// The frozen process, its manifest sent, the destination ready.
 struct AtTheBrink {
     frozen: Frozen,
+    signals: Watch,
     memory: Arc<FrozenMemory>,
     servers: PageServers,
     parts: BlackoutParts,
@@ -403,7 +405,8 @@ impl<'a> Session<'a> {
         parts.send_us = us(sent_at).saturating_sub(ready.restore_us);
         failpoints::pass("source-ready")?;
         let report = frozen_event(&manifest);
-        Ok(AtTheBrink { frozen, memory, servers, parts, frozen_at, haste, report })
+        let signals = Watch::of(&manifest);
+        Ok(AtTheBrink { frozen, signals, memory, servers, parts, frozen_at, haste, report })
     }
 
     /// What another session would need in place of this one.
@@ -441,7 +444,7 @@ impl<'a> Session<'a> {
         let began = Instant::now();
         // From here on an interrupt ends nothing.
         self.interrupts.commit()?;
-        commit::declare(&mut brink.frozen, scratch, process, dir)?;
+        commit::declare(&mut brink.frozen, scratch, process, dir, &brink.signals)?;
         self.committed = true;
         self.phase = "commit";
         let answer = say_to_destination(&mut link.sender, SourceMessage::Commit(Empty {}))

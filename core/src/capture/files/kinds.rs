@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::manifest::{Epoll, EpollWatch, FileKind, TimerFd};
 use crate::preflight::Blocker;
 use crate::proc::fdinfo;
+use crate::proc::holders::Object;
 use crate::sys::files as sys;
 use std::collections::HashSet;
 use std::os::fd::AsFd;
@@ -93,9 +94,15 @@ impl Capture<'_> {
         }
     }
 
-    fn event(&self, one: &Open) -> Result<FileKind, Blocker> {
+    fn event(&mut self, one: &Open) -> Result<FileKind, Blocker> {
         let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
         let mut event = one.info.eventfd.clone().ok_or_else(silent)?;
+        if let Some(id) = one.info.eventfd_id
+            && let Some(other) = self.held_elsewhere(Object::Event { id })
+        {
+            let remedy = "let one of the two close it";
+            return Err(one.blocker(format!("an eventfd shared with process {other}"), remedy));
+        }
         // Asking changes it for a moment: not while the process runs.
         if !one.info.semaphore_told && self.options.content.is_some() {
             let dup = self.duplicate(one)?;

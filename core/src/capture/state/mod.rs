@@ -7,4 +7,5 @@
 pub mod outside;
 pub mod proc_text;
 pub mod remote;
+pub mod signals;
 pub mod sleep;

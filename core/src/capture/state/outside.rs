@@ -69,6 +69,8 @@ fn monotonic_offset_ns(pid: i32, dir: &str) -> Result<i64> {
 pub struct ThreadOutside {
     /// What is known; registers, extended state and what [`super::remote`] asks for are left empty.
     pub thread: Thread,
+    /// Seccomp mode; 0 is none.
+    pub seccomp: u32,
     /// Times the thread gave up its CPU by itself, for [`super::sleep`].
     pub voluntary_switches: u64,
 }
@@ -105,7 +107,11 @@ pub fn thread_outside(host: &Host, pid: i32, tid: i32) -> Result<ThreadOutside> 
         time_left_ns: -1,
         ..Thread::default()
     };
-    Ok(ThreadOutside { thread, voluntary_switches: status.voluntary_switches })
+    Ok(ThreadOutside {
+        thread,
+        seccomp: status.seccomp,
+        voluntary_switches: status.voluntary_switches,
+    })
 }
 
 fn status(pid: i32, tid: i32) -> Result<Status> {
@@ -124,10 +130,17 @@ fn rseq(tid: i32) -> Result<ptrace::RseqConfig> {
 
 /// Pending signals with their siginfo. A signal whose queue entry the kernel could not allocate is only
 /// in the set: it is given the siginfo that the kernel would deliver (`collect_signal`).
-fn pending(tid: i32, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
-    if set == 0 {
-        return Ok(Vec::new());
-    }
+pub(super) fn pending(tid: i32, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
+    if set == 0 { Ok(Vec::new()) } else { queued(tid, shared, set) }
+}
+
+/// Sets of the signals pending for the first thread, and for all.
+pub(super) fn pending_sets(pid: i32) -> Result<[u64; 2]> {
+    Ok(status(pid, pid)?.pending)
+}
+
+/// The same when more may be queued than is known to be in the set.
+pub(super) fn queued(tid: i32, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
     let mut all = ptrace::pending_signals(tid, shared)?;
     let queued = all.iter().fold(0u64, |q, info| q | signal_bit(info));
     for signal in (1..=64u32).filter(|s| (set & !queued) >> (s - 1) & 1 == 1) {
@@ -210,8 +223,13 @@ fn coredump_filter(text: Result<Vec<u8>>) -> Result<u32> {
 fn timers(pid: i32, leader: &Status, text: Result<Vec<u8>>) -> Result<Vec<PosixTimer>> {
     let mut timers = match text {
         Ok(text) => proc_text::timers(&text)?,
-        // Missing on kernels without CONFIG_POSIX_TIMERS or CONFIG_CHECKPOINT_RESTORE.
-        Err(Error::Gone { .. }) => Vec::new(),
+        // Without CONFIG_CHECKPOINT_RESTORE nobody tells what timers there are.
+        Err(Error::Gone { .. }) => {
+            return Err(Error::Refused(format!(
+                "process {pid}: this kernel does not tell its timers (/proc/PID/timers); use one with \
+                 CONFIG_CHECKPOINT_RESTORE"
+            )));
+        }
         Err(e) => return Err(e),
     };
     if leader.ns_tids.len() > 1 {

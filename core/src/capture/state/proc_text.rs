@@ -73,6 +73,8 @@ pub struct Status {
     pub caps: Vec<u64>,
     /// `no_new_privs`.
     pub no_new_privs: bool,
+    /// Seccomp mode; 0 is none.
+    pub seccomp: u32,
     /// Times the thread gave up its CPU by itself.
     pub voluntary_switches: u64,
 }
@@ -108,6 +110,7 @@ impl Status {
                 b"CapBnd" => s.caps[3] = hex(WHAT, v)?,
                 b"CapAmb" => s.caps[4] = hex(WHAT, v)?,
                 b"NoNewPrivs" => s.no_new_privs = v == "1",
+                b"Seccomp" => s.seccomp = number(WHAT, Some(v))?,
                 b"voluntary_ctxt_switches" => s.voluntary_switches = number(WHAT, Some(v))?,
                 _ => {}
             }

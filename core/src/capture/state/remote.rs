@@ -14,6 +14,7 @@ const PR_GET_SECUREBITS: u64 = 27;
 const PR_GET_THP_DISABLE: u64 = 42;
 const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
+const READ_LDT: u64 = 0;
 const SIGSET_LEN: u64 = 8;
 const SIGACTION_LEN: usize = 32;
 const NS_PER_S: i64 = 1_000_000_000;
@@ -56,6 +57,7 @@ pub struct ThreadProbe {
     altstack: (Ref, u64),
     tid_address: (Ref, u64),
     pdeathsig: (Ref, u64),
+    tsc: (Ref, u64),
     securebits: Ref,
     timer_slack: Ref,
 }
@@ -75,6 +77,7 @@ impl ThreadProbe {
             ),
             tid_address: ask(p, PR_GET_TID_ADDRESS),
             pdeathsig: ask(p, libc::PR_GET_PDEATHSIG as u64),
+            tsc: ask(p, libc::PR_GET_TSC as u64),
             securebits: p.may("get securebits", libc::SYS_prctl, [PR_GET_SECUREBITS.into()]),
             timer_slack: p.may("get timer slack", libc::SYS_prctl, [PR_GET_TIMERSLACK.into()]),
         }
@@ -96,6 +99,13 @@ impl ThreadProbe {
         thread.clear_child_tid = ran.word(self.tid_address.1)?;
         ran.expect("PR_GET_PDEATHSIG", self.pdeathsig.0)?;
         thread.pdeathsig = ran.word(self.pdeathsig.1)? as i32;
+        if ran.result(self.tsc.0).is_ok() && ran.word(self.tsc.1)? as i32 == libc::PR_TSC_SIGSEGV {
+            return Err(Error::Refused(format!(
+                "thread {}: it may not read the time stamp counter (PR_SET_TSC), which does not come along \
+                 yet; start the program without",
+                thread.tid
+            )));
+        }
         thread.creds.securebits = ran.expect("PR_GET_SECUREBITS", self.securebits)? as u32;
         thread.timer_slack_ns = ran.expect("PR_GET_TIMERSLACK", self.timer_slack)?;
         Ok(())
@@ -116,13 +126,15 @@ pub struct ProcessProbe {
     brk: Ref,
     xcomp: (Ref, u64),
     membarrier: Ref,
+    /// Bytes of its local descriptor table, the first only.
+    ldt: Ref,
 }
 
 impl ProcessProbe {
     /// Adds them to the leader's program. `timers` are those that `/proc/PID/timers` lists.
     pub fn plan(p: &mut Program, timers: &[PosixTimer]) -> Self {
         let word = |p: &mut Program| p.words(&[0]);
-        let (subreaper, xcomp) = (word(p), word(p));
+        let (subreaper, xcomp, ldt) = (word(p), word(p), word(p));
         let prctl = |p: &mut Program, what: u64, at: u64| {
             p.may("ask prctl", libc::SYS_prctl, [what.into(), at.into()])
         };
@@ -136,6 +148,7 @@ impl ProcessProbe {
             dumpable: prctl(p, libc::PR_GET_DUMPABLE as u64, 0),
             thp_disable: prctl(p, PR_GET_THP_DISABLE, 0),
             subreaper: (prctl(p, libc::PR_GET_CHILD_SUBREAPER as u64, subreaper), subreaper),
+            ldt: p.may("read LDT", libc::SYS_modify_ldt, [READ_LDT.into(), ldt.into(), 8.into()]),
             brk: p.may("get brk", libc::SYS_brk, [0.into()]),
             xcomp: (
                 p.may(
@@ -175,6 +188,14 @@ impl ProcessProbe {
             process.itimers.push(interval(ran.words(*at)?, 1000)?);
         }
         self.collect_timers(&ran, process)?;
+        // Kernels without it have none.
+        if ran.result(self.ldt).is_ok_and(|bytes| bytes as i32 > 0) {
+            return Err(Error::Refused(format!(
+                "process {}: it has a local descriptor table (modify_ldt), which does not come along yet; \
+                 start the program without",
+                process.pid
+            )));
+        }
         process.dumpable = ran.expect("PR_GET_DUMPABLE", self.dumpable)? as u32;
         process.thp_disable = ran.expect("PR_GET_THP_DISABLE", self.thp_disable)? != 0;
         ran.expect("PR_GET_CHILD_SUBREAPER", self.subreaper.0)?;

@@ -96,18 +96,37 @@ fn thread(tid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
             "end the debugger or tracer first",
         );
     }
-    if status.seccomp != 0 {
-        no("is under seccomp, whose filters can't be moved yet", "start it without a sandbox");
-    }
     if status.thread_features.iter().any(|f| f == "shstk") {
         no("uses a shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off");
     }
+    blockers.extend(filtered(tid, status.seccomp));
+}
+
+/// A thread under seccomp, whose mode in its status is `mode`: a filter may end the program at any system call
+/// that we make in its name.
+pub(crate) fn filtered(tid: i32, mode: u32) -> Option<Blocker> {
+    let reason = "is under seccomp, whose filters can't be moved yet";
+    (mode != 0).then(|| Blocker::new(format!("thread {tid}"), reason, "start it without a sandbox"))
+}
+
+/// A thread, stopped by us, whose system calls go to a handler of the program (Syscall User Dispatch): ours would,
+/// too. Only its tracer is told.
+pub(crate) fn dispatched(tid: i32) -> Result<Option<Blocker>, Error> {
+    let reason = "has its system calls sent to a handler (PR_SET_SYSCALL_USER_DISPATCH)";
+    let remedy = "let the program switch that off, or start it without";
+    let is = crate::sys::ptrace::dispatches_syscalls(tid)?;
+    Ok(is.then(|| Blocker::new(format!("thread {tid}"), reason, remedy)))
 }
 
 /// A process in group stop: its copy would run.
 pub fn stopped(pid: i32, status: &Status) -> Option<Blocker> {
+    (status.state == 'T').then(|| group_stop(pid))
+}
+
+/// That a process is in group stop.
+pub fn group_stop(pid: i32) -> Blocker {
     let reason = "is stopped by SIGSTOP or job control, which does not come along yet";
-    (status.state == 'T').then(|| blocker(pid, reason, "let it go on first (kill -CONT)"))
+    blocker(pid, reason, "let it go on first (kill -CONT)")
 }
 
 /// The rest of the process's own state.
@@ -120,6 +139,7 @@ pub(super) fn check(pid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
         ));
     }
     blockers.extend(stopped(pid, status));
+    blockers.extend(foreign_label(pid));
     if !is_64_bit(pid) {
         blockers.push(blocker(pid, "is a 32-bit program", "only 64-bit programs can be moved"));
     }
@@ -132,6 +152,19 @@ pub(super) fn check(pid: i32, status: &Status, blockers: &mut Vec<Blocker>) {
         Ok(false) => {}
         Err(e) => blockers.push(Blocker::unknown(format!("process {pid}"), &e)),
     }
+}
+
+/// A security label other than our own, which is the one that the copy would have.
+fn foreign_label(pid: i32) -> Option<Blocker> {
+    // Fails where no security module has labels.
+    let label = |pid: &str| fs::read(format!("/proc/{pid}/attr/current")).ok();
+    let (theirs, ours) = (label(&pid.to_string())?, label("self")?);
+    let shown = String::from_utf8_lossy(&theirs);
+    let shown = shown.trim_end_matches(['\n', '\0']);
+    (theirs != ours).then(|| {
+        let reason = format!("has the security label {shown}, which does not come along yet");
+        blocker(pid, reason, "run it, or slipstream, without one of its own")
+    })
 }
 
 /// Reads the class of its executable; x32 programs are of the 32-bit class too.
