@@ -1,8 +1,9 @@
 //! Prefetch: one thread a bulk lane. It keeps the lane's pipeline full with runs, and installs what
 //! arrives.
 
-use crate::dest::drain::{Data, Delivered, Drain, NotMapped};
+use crate::dest::drain::Drain;
 use crate::dest::faults::unreadable;
+use crate::dest::install::{Data, Delivered, NotMapped};
 use crate::dest::limit::Limit;
 use crate::dest::window::Window;
 use crate::error::{Error, Result};

@@ -3,28 +3,28 @@
 use crate::at_end::AtEnd;
 use crate::dest::fault_times::{FaultTimes, Moments};
 use crate::dest::held::{Account, Holdings};
-use crate::dest::journal::{Record, Unfinished};
+use crate::dest::install::{Data, Delivered, install};
+use crate::dest::journal::Record;
 use crate::dest::shared_memory::{Sleepers, mapped_until};
 use crate::dest::surplus;
 use crate::error::{Error, Result};
-use crate::failpoints;
-use crate::pages::{
-    Layout, PageTable, Pages, Piece, PieceKind, Region, RunClaim, SpaceId, Unregister,
-};
+use crate::pages::{Layout, PageTable, Pages, Piece, Region, RunClaim, SpaceId, Unregister};
 use crate::protocol::{FaultParts, Figures, PresentRun};
 use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
 use slipstream_core::restore::keeper::Keeper;
 use slipstream_core::restore::memory::{LazyView, lazy_views};
 use slipstream_core::sys::pidfd::PidFd;
-use slipstream_core::sys::poll;
-use slipstream_core::sys::uffd::{Event, Installed, Uffd};
+use slipstream_core::sys::uffd::Uffd;
 use slipstream_transport::Pace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
+
+mod events;
+pub use events::Happened;
 
 /// All addresses a program can have mapped, for waking whoever waits.
 const WAKE_START: u64 = 0x1_0000;
@@ -66,60 +66,6 @@ pub struct State {
     /// Spaces of which an event was read since they last had nothing to say.
     unsettled: BTreeSet<SpaceId>,
     sleepers: Sleepers,
-}
-
-/// What an event changed, for the thread that waits on descriptors.
-#[derive(Debug)]
-pub enum Happened {
-    /// A thread waits for a page.
-    Fault {
-        /// Where.
-        address: u64,
-        /// Which thread.
-        tid: i32,
-    },
-    /// A child was forked: there is one more descriptor to wait on.
-    Forked(SpaceId),
-    /// Something else was dealt with.
-    Other,
-    /// Nothing to read.
-    Nothing,
-}
-
-/// How much of what arrived went in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delivered {
-    /// All that is still wanted.
-    All,
-    /// An event must be read first.
-    Blocked,
-    /// The kernel has no mapping for this page, and perhaps an event that says so.
-    NotMapped(Piece),
-}
-
-/// A page with no mapping and no event that says why is given up after this.
-const NOT_MAPPED_MAX: Duration = Duration::from_secs(2);
-
-/// For how long the kernel has had no mapping for a page, with nothing in between that could be the reason.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NotMapped {
-    since: Option<Instant>,
-}
-
-impl NotMapped {
-    /// Takes how a delivery ended; yields the page to be given up, if it is time for that.
-    pub fn after(&mut self, delivered: Delivered, now: Instant) -> Option<Piece> {
-        let Delivered::NotMapped(piece) = delivered else {
-            self.since = None;
-            return None;
-        };
-        let since = *self.since.get_or_insert(now);
-        let over = now.saturating_duration_since(since) > NOT_MAPPED_MAX;
-        over.then(|| {
-            self.since = None;
-            piece
-        })
-    }
 }
 
 impl Drain {
@@ -237,134 +183,6 @@ impl Drain {
     /// Runs `f` under the exclusive half of the lock.
     pub fn exclusive<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Reads one event of a space and applies it, in one go under the exclusive half: no copy is
-    /// decided before it and lands after it.
-    pub fn read_event(&self, id: SpaceId) -> Result<Happened> {
-        let happened = self.exclusive(|state| self.apply_event(state, id))?;
-        if matches!(happened, Happened::Forked(_) | Happened::Other) {
-            self.tell_news();
-        }
-        Ok(happened)
-    }
-
-    fn apply_event(&self, state: &mut State, id: SpaceId) -> Result<Happened> {
-        let Some(uffd) = state.uffds.get(&id) else { return Ok(Happened::Nothing) };
-        // Only while the event is unread does its thread wait in the call that raised it; and what is
-        // raised after this look must not be what is read.
-        let removing = if self.has_shared {
-            if !poll::readable(uffd, Duration::ZERO)
-                .map_err(|e| Error::io("poll userfaultfd", e))?
-            {
-                state.unsettled.remove(&id);
-                return Ok(Happened::Nothing);
-            }
-            // Children of a process that has exited are init's.
-            let root = state.held.init().pid();
-            state.sleepers.being_removed(root, state.unsettled.contains(&id))
-        } else {
-            Vec::new()
-        };
-        let event = state
-            .held
-            .journal
-            .read(uffd, id, &removing)
-            .map_err(|e| Error::io("read userfaultfd", e))?;
-        match event {
-            None => Ok(Happened::Nothing),
-            Some(Event::Fault { address, tid }) => Ok(Happened::Fault { address, tid: tid as i32 }),
-            Some(event) => {
-                if matches!(event, Event::Fork { .. }) {
-                    failpoints::reached("destination-fork-read");
-                }
-                state.unsettled.insert(id);
-                self.deal_with(state, id, event, &removing)
-            }
-        }
-    }
-
-    /// Notes an event in the journal, and has it take effect.
-    fn deal_with(
-        &self,
-        state: &mut State,
-        id: SpaceId,
-        event: Event,
-        removing: &[Range<u64>],
-    ) -> Result<Happened> {
-        let woken = match event {
-            Event::Fork { child: Some(child) } => {
-                let adopted = state.held.adopt(&mut state.pages, id, &child);
-                let Ok(child_id) = adopted else {
-                    // Nobody else may have it yet. It goes with this process, and then its twin has it.
-                    std::mem::forget(child);
-                    return adopted.map(Happened::Forked);
-                };
-                state.uffds.insert(child_id, child);
-                return Ok(Happened::Forked(child_id));
-            }
-            Event::Fault { .. } | Event::Fork { child: None } => return Ok(Happened::Other),
-            Event::Remove { start, end } => {
-                let punch = removing.iter().any(|r| r.start <= start && end <= r.end);
-                state.apply(&[Record::Remove { space: id, start, end, punch }])?
-            }
-            Event::Unmap { start, end } => {
-                state.apply(&[Record::Unmap { space: id, start, end }])?
-            }
-            Event::Remap { from, to, len } => {
-                let records = self.remap(id, from, to, len);
-                state.apply(&records)?
-            }
-        };
-        if let Some(uffd) = state.uffds.get(&id)
-            && let Err(e) = uffd.wake(woken.start, woken.end - woken.start)
-        {
-            tracing::debug!("wake {woken:x?}: {e}");
-        }
-        Ok(Happened::Other)
-    }
-
-    /// Moved pages. Of shared memory the old mapping may still be there.
-    fn remap(&self, space: SpaceId, from: u64, to: u64, len: u64) -> Vec<Record> {
-        let moved = Record::Remap { space, from, to, len };
-        if !self.has_shared || space != SpaceId::PROCESS {
-            return vec![moved];
-        }
-        if len == 0 {
-            let end = mapped_until(self.pid, to);
-            return vec![Record::Alias { space, from, to, len: end.map_or(0, |end| end - to) }];
-        }
-        if mapped_until(self.pid, from).is_some() {
-            return vec![moved];
-        }
-        vec![moved, Record::Forget { space, start: from, end: from.saturating_add(len) }]
-    }
-
-    /// Ends children that are too many. True while there are any: to be called again soon.
-    pub fn end_surplus(&self) -> bool {
-        let ended = self.shared(surplus::end);
-        for id in &ended {
-            self.space_ended(*id);
-        }
-        self.shared(|state| !state.held.surplus().is_empty())
-    }
-
-    /// Deals with an event that a session had read before it died.
-    fn finish_event(&self, state: &mut State, unfinished: Unfinished) -> Result<()> {
-        if state.uffd(unfinished.space).is_none() {
-            return Ok(());
-        }
-        let event = match state.held.unfinished_child(&unfinished)? {
-            Some(child) => Event::Fork { child: Some(child) },
-            None => unfinished.event,
-        };
-        if matches!(event, Event::Fork { child: None }) {
-            tracing::error!(
-                "process {} forked, and the session that read so was killed together with its twin: that child can't be served",
-                self.pid
-            );
-        }
-        self.deal_with(state, unfinished.space, event, &unfinished.removing).map(drop)
     }
 
     /// Installs what arrived for a source range, wherever it belongs by now.
@@ -555,15 +373,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What arrived.
-#[derive(Clone, Copy, Debug)]
-pub enum Data<'a> {
-    /// The pages.
-    Bytes(&'a [u8]),
-    /// The source has no such pages; so many bytes.
-    Zeros(u64),
-}
-
 impl State {
     /// Notes changes in the journal, then makes them. Yields the range to wake.
     fn apply(&mut self, records: &[Record]) -> Result<Range<u64>> {
@@ -613,58 +422,6 @@ impl State {
     }
 }
 
-/// Installs pieces; returns how it went, and whether the address space is gone.
-fn install(
-    pages: &Pages,
-    uffd: &Uffd,
-    id: SpaceId,
-    source: u64,
-    data: Data<'_>,
-    pieces: &[Piece],
-) -> Result<(Delivered, bool)> {
-    for piece in pieces {
-        let len = piece.len_bytes;
-        if piece.kind != PieceKind::Install {
-            let _ = uffd.wake(piece.current_address, len);
-            continue;
-        }
-        let (mut done, mut part) = (0, len);
-        while done < len {
-            let at = piece.current_address + done;
-            let want = part.min(len - done);
-            let result = match data {
-                Data::Bytes(bytes) => {
-                    let from = (piece.source_address - source + done) as usize;
-                    uffd.copy(at, &bytes[from..from + want as usize])
-                }
-                Data::Zeros(_) => uffd.zero(at, want),
-            };
-            let page = pages.space(id).and_then(|s| s.locate(at)).map_or(4096, |l| l.page_size);
-            let mut landed = |count: u64| {
-                pages.end_copy(id, piece.source_address + done, count);
-                done += count;
-            };
-            match result.map_err(|e| Error::io(format!("install a page at {at:#x}"), e))? {
-                Installed::All => landed(want),
-                Installed::Exists(count) => {
-                    landed(count + page);
-                    let _ = uffd.wake(at + count, page);
-                }
-                Installed::Partly(count) => {
-                    landed(count);
-                    return Ok((Delivered::Blocked, false));
-                }
-                // A copy never spans two mappings (one `mprotect` makes two): go on page by page.
-                Installed::NotMapped(0) if part > page => part = page,
-                Installed::NotMapped(0) => return Ok((Delivered::NotMapped(*piece), false)),
-                Installed::NotMapped(count) => landed(count),
-                Installed::Gone => return Ok((Delivered::All, true)),
-            }
-        }
-    }
-    Ok((Delivered::All, false))
-}
-
 /// The lazy regions of a manifest, and the further views of shared memory as (current address, source
 /// address, length).
 fn regions(m: &Manifest) -> (Vec<Region>, Vec<(u64, u64, u64)>) {
@@ -677,32 +434,4 @@ fn regions(m: &Manifest) -> (Vec<Region>, Vec<(u64, u64, u64)>) {
         }
     }
     (regions, aliases)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_is_given_up_when_nothing_else_was_said_for_long_enough() {
-        let piece = Piece {
-            source_address: 0x1000,
-            current_address: 0x2000,
-            len_bytes: 4096,
-            kind: PieceKind::Install,
-            doubtful: false,
-        };
-        let begin = Instant::now();
-        let at = |seconds: f64| begin + Duration::from_secs_f64(seconds);
-        let mut clock = NotMapped::default();
-        // What it waited for before is no reason.
-        assert_eq!(clock.after(Delivered::Blocked, at(0.0)), None);
-        assert_eq!(clock.after(Delivered::NotMapped(piece), at(10.0)), None);
-        assert_eq!(clock.after(Delivered::NotMapped(piece), at(11.9)), None);
-        assert_eq!(clock.after(Delivered::Blocked, at(11.95)), None);
-        assert_eq!(clock.after(Delivered::NotMapped(piece), at(12.5)), None);
-        assert_eq!(clock.after(Delivered::NotMapped(piece), at(14.4)), None);
-        assert_eq!(clock.after(Delivered::NotMapped(piece), at(14.6)), Some(piece));
-        assert_eq!(clock.after(Delivered::NotMapped(piece), at(14.7)), None);
-    }
 }

@@ -4,8 +4,9 @@
 //! also reads every other event, so a copy that the kernel refuses while an event is unread is simply
 //! tried again after the next round.
 
-use crate::dest::drain::{Data, Delivered, Drain, Happened, NotMapped};
+use crate::dest::drain::{Drain, Happened};
 use crate::dest::fault_times::Moments;
+use crate::dest::install::{Data, Delivered, NotMapped};
 use crate::error::{Error, Result};
 use crate::pages::{FaultAction, Piece, SpaceId};
 use crate::placement::Placement;

@@ -7,6 +7,7 @@ pub mod fault_times;
 pub mod faults;
 pub mod finish;
 pub mod held;
+pub mod install;
 pub mod journal;
 pub mod limit;
 pub mod lost;
