@@ -14,6 +14,7 @@ macro_rules! moved_programs {
 moved_programs! {
     drain_fork,
     drain_fork_storm,
+    drain_children,
     drain_spawn,
     drain_exec,
     drain_unmap,
