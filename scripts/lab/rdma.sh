@@ -46,17 +46,26 @@ check_memory() {
     grep -qx 'wrong 0' "$share/$1.out" || fails "$1" "the moved program found $(tail -n 1 "$share/$1.out")"
 }
 
+# huge_pages always|madvise: which memory of host 1 the kernel makes huge pages of.
+huge_pages() {
+    # shellcheck disable=SC2016
+    run_on 1 bash -c 'echo "$0" >/sys/kernel/mm/transparent_hugepage/enabled' "$1"
+}
+
 # Pages are read from the frozen process's own memory: over RDMA, and its frames are what they were.
 check_zero_copy() {
     local watcher rate best
     say "a move over RDMA of $mb MB; the frozen copy's page frames are watched"
     start_program copy
+    # The kernel puts pages together to huge ones, also those of a stopped process: not now.
+    huge_pages madvise
     run_on 1 "$python" "$here/lab/frames.py" "$pid" $((mb * 900)) >"$share/frames.out" 2>&1 &
     watcher=$!
     for _ in $(seq 100); do grep -q watching "$share/frames.out" && break; sleep 0.1; done
     migrate copy --transport rdma
     [ $code = 0 ] || fails copy "the migration ended with exit code $code"
     wait $watcher || fails copy "frames: $(cat "$share/frames.out")"
+    huge_pages always
     say "$(tail -n 1 "$share/frames.out")"
     [ "$(field copy completed transport)" = rdma ] || fails copy "it did not go over RDMA"
     [ "$(field copy completed rdma_bytes)" -gt $((mb * 500000)) ] || fails copy "too little was read by RDMA"
