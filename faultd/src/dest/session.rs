@@ -29,7 +29,6 @@ use slipstream_core::restore::scratch::{Gate, gate};
 use slipstream_core::sys::mem::ProcMem;
 use slipstream_core::sys::poll;
 use slipstream_core::sys::spawn::{recv_descriptors, take_handed};
-use slipstream_core::sys::task::Haste;
 use slipstream_transport::{Channel, Key, Pace, Purpose, Receiver, Route, Sender, Timeouts};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -52,8 +51,6 @@ const BULK_LANES_MAX: u32 = 4;
 /// Runs the session that a peer's connection started. Descriptor 3 is the connection, 4 the socket
 /// through which the agent hands over lanes.
 pub fn run(args: &SessionArgs) -> Result<()> {
-    // What ends the agent's session (Ctrl-C, a closed terminal) must not end it.
-    let _ = nix::unistd::setsid();
     let io = |e| Error::io("take over the agent's descriptors", e);
     let connection = take_handed(0).map_err(io)?;
     let lanes = UnixStream::from(take_handed(1).map_err(io)?);
@@ -120,7 +117,6 @@ struct AtTheGate {
     account: Account,
     drain: Arc<Drain>,
     timed: Vec<TimedThread>,
-    haste: Haste,
 }
 
 impl Session<'_> {
@@ -297,7 +293,6 @@ impl Session<'_> {
             STEP_TIMEOUT,
         )?;
         let began = Instant::now();
-        let haste = Haste::begin();
         let manifest = decode_manifest(&encoded)?;
         drop(encoded);
         let mapped = prepared.restorer.map(&manifest)?;
@@ -320,7 +315,7 @@ impl Session<'_> {
         // While the source parks its threads.
         drain.keep(&account)?;
         failpoints::reached("destination-kept");
-        Ok(AtTheGate { account, drain, timed, haste })
+        Ok(AtTheGate { account, drain, timed })
     }
 
     /// Waits for the source to commit. On any other end the caller says NEVER.
@@ -334,7 +329,7 @@ impl Session<'_> {
     /// Opens the gate, and serves pages until nothing is missing.
     fn drain(&mut self, hello: &Hello, prepared: Prepared, at: AtTheGate) -> Result<()> {
         let Prepared { dir, gate: gate_file, restorer, lanes, .. } = prepared;
-        let AtTheGate { account, drain, timed, haste } = at;
+        let AtTheGate { account, drain, timed } = at;
         let process = &restorer.newborn().process;
         let mut course = Course {
             id: &hello.id,
@@ -358,7 +353,6 @@ impl Session<'_> {
         failpoints::reached("destination-run");
         let resumed = Resumed { host_pid: process.pid() };
         let told = say_to_source(&mut self.sender, DestinationMessage::Resumed(resumed));
-        drop(haste);
         if let Err(e) = told {
             // The source will ask; until then nobody can bring pages.
             tracing::warn!("{e}");
