@@ -3,14 +3,14 @@
 
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
-use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::check::check_manifest;
+use slipstream_core::restore::decode::decode_manifest;
 use slipstream_core::restore::memory::lazy_views;
 use slipstream_faultd::dest::held::Account;
 use slipstream_faultd::pages::{Layout, Region};
 
 fuzz_target!(|bytes: &[u8]| {
-    let Ok(manifest) = Manifest::decode(bytes) else { return };
+    let Ok(manifest) = decode_manifest(bytes) else { return };
     if check_manifest(&manifest, &(0x1000_0000_0000..0x1001_0000_0000)).is_err() {
         return;
     }
