@@ -75,7 +75,7 @@ test_between() {
 lab_test() {
     local place failed=()
     [ $# -gt 0 ] || set -- inside tcp rdma
-    export LAB_NAME=$lab_name SLIPSTREAM_TEST_SLOWNESS=3 SLIPSTREAM_ORACLE_SEEDS=1
+    export LAB_NAME=$lab_name SLIPSTREAM_TEST_SLOWNESS=5 SLIPSTREAM_ORACLE_SEEDS=1
     for place in "$@"; do
         case $place in
         inside)
