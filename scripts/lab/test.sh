@@ -18,7 +18,7 @@ between_hosts=(
     "memory anon thp foreign_vdso"
     "threads tids waits_endless"
     "descriptors pipes"
-    "drain drain_fork drain_moves drain_killed"
+    "drain drain_moves drain_killed"
     "oracle oracle_never_sees_a_difference"
 )
 
