@@ -352,8 +352,8 @@ pub fn interrupt_session(run_dir: &Path, id: &str) -> Result<()> {
 pub const EXIT: &str = "exit";
 
 fn read_status(dir: &Path) -> Option<Status> {
-    let mut status: Status =
-        serde_json::from_slice(&fs::read(dir.join("status.json")).ok()?).ok()?;
+    let said = || serde_json::from_slice(&fs::read(dir.join("status.json")).ok()?).ok();
+    let mut status: Status = said().or_else(|| not_yet_said(dir))?;
     if let Ok(how) = fs::read_to_string(dir.join(EXIT)) {
         status.phase = "exited".into();
         status.pid = None;
@@ -365,6 +365,24 @@ fn read_status(dir: &Path) -> Option<Status> {
         why.trim().clone_into(&mut status.detail);
     }
     Some(status)
+}
+
+/// The status of a migration whose session was killed before it wrote any: it can be past its commit by then, and
+/// whoever looks for it must find it.
+fn not_yet_said(dir: &Path) -> Option<Status> {
+    let name = dir.file_name()?.to_str()?;
+    let named = |role| Some((role, name.strip_prefix(prefix(role)).filter(|id| is_id(id))?));
+    let (role, id) = named(Role::Source).or_else(|| named(Role::Destination))?;
+    // Without it the folder is just being made, or going away.
+    dir.join(LOCK).is_file().then(|| Status {
+        id: id.to_owned(),
+        role,
+        phase: "begun".into(),
+        pid: None,
+        peer: String::new(),
+        figures: None,
+        detail: "its session has not said more yet".into(),
+    })
 }
 
 /// Exit notes that are kept.
@@ -415,6 +433,17 @@ mod tests {
     fn ids_are_names() {
         assert!(is_id(&new_id().unwrap()));
         assert!(!is_id("../../../etc"));
+    }
+
+    #[test]
+    fn a_session_killed_before_its_first_status_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        drop(MigrationDir::create(&run, Role::Destination, "aaaaaaaaaaaa").unwrap());
+        fs::create_dir(run.join("something-else")).unwrap();
+        let found = list(&run).unwrap();
+        let found: Vec<_> = found.iter().map(|s| (s.id.as_str(), s.role)).collect();
+        assert_eq!(found, [("aaaaaaaaaaaa", Role::Destination)]);
     }
 
     #[test]
