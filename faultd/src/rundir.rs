@@ -124,7 +124,13 @@ impl MigrationDir {
 
     /// Writes a file whole: a reader sees the old or the new content.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let partial = self.path.join(format!("{name}.part"));
+        self.prepare(name, bytes)?;
+        self.publish(name)
+    }
+
+    /// The slow part of a write. Nobody sees it before it is published.
+    pub fn prepare(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let partial = self.partial(name);
         let write = || {
             let mut f = fs::OpenOptions::new()
                 .write(true)
@@ -132,10 +138,20 @@ impl MigrationDir {
                 .truncate(true)
                 .mode(0o600)
                 .open(&partial)?;
-            f.write_all(bytes)?;
-            fs::rename(&partial, self.path.join(name))
+            f.write_all(bytes)
         };
-        write().map_err(|e| Error::io(format!("write {}", self.path.join(name).display()), e))
+        write().map_err(|e| Error::io(format!("write {}", partial.display()), e))
+    }
+
+    /// Puts in place what was prepared.
+    pub fn publish(&self, name: &str) -> Result<()> {
+        let path = self.path.join(name);
+        fs::rename(self.partial(name), &path)
+            .map_err(|e| Error::io(format!("write {}", path.display()), e))
+    }
+
+    fn partial(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.part"))
     }
 
     /// Rewrites the status.

@@ -85,6 +85,13 @@ pub struct Mapped {
     own_fds: [i32; 2],
 }
 
+/// What the process does on its way to the gate.
+#[derive(Debug)]
+pub struct LastStage {
+    program: Program,
+    timed: Vec<TimedThread>,
+}
+
 /// A thread that was in a relative timed wait, with how to give it back its own registers.
 #[derive(Clone, Copy, Debug)]
 pub struct TimedThread {
@@ -226,9 +233,9 @@ impl Restorer {
         mem.write(v.start, &image)
     }
 
-    /// The last stage: process state, threads, everything up to the gate. Returns threads that wait with a
-    /// time-out.
-    pub fn finish(&mut self, m: &Manifest, mapped: &Mapped) -> Result<Vec<TimedThread>> {
+    /// Begins the last stage: process state, threads, everything up to the gate. The process works through it while
+    /// the caller does other things.
+    pub fn begin_last(&mut self, m: &Manifest, mapped: &Mapped) -> Result<LastStage> {
         let here = XsaveLayout::this_cpu();
         let there = XsaveLayout::from_words(&m.process.xsave_layout)
             .ok_or_else(|| Error::Manifest("XSAVE layout".into()))?;
@@ -258,8 +265,13 @@ impl Restorer {
         self.plan_leader(m, frames[0], never, &followers, mapped.own_fds, &mut p)?;
         self.scratch.place(&p)?;
         self.scratch.go_on(self.stages, leader);
-        self.wait(self.stages + 1, &[&p])?;
-        Ok(timed)
+        Ok(LastStage { program: p, timed })
+    }
+
+    /// Waits for the end of the last stage. Returns threads that wait with a time-out.
+    pub fn end_last(&self, last: LastStage) -> Result<Vec<TimedThread>> {
+        self.wait(self.stages + 1, &[&last.program])?;
+        Ok(last.timed)
     }
 
     fn plan_exit(&self, frame: u64, never: u64, p: &mut Program) {

@@ -7,7 +7,7 @@ use crate::dest::held::Account;
 use crate::dest::limit::Limit;
 use crate::dest::present::receive_present_map;
 use crate::dest::rdma::Watch;
-use crate::dest::{bulk, faults, finish};
+use crate::dest::{bulk, finish};
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
 use crate::failpoints;
@@ -73,18 +73,12 @@ pub struct Course<'a> {
 }
 
 impl Course<'_> {
-    /// Starts the thread that answers faults.
-    pub fn start_faults(&self, urgent: Option<Box<dyn PageLane>>) -> Result<JoinHandle<()>> {
-        let urgent = urgent.ok_or_else(|| Error::Internal("no urgent lane".into()))?;
-        faults::start(Arc::clone(&self.drain), urgent)
-    }
-
     /// Serves pages until nothing is missing, and tells the source.
     pub fn run(
         &mut self,
         link: &mut Link<'_>,
         fault_thread: JoinHandle<()>,
-        bulk: impl Iterator<Item = Box<dyn PageLane>>,
+        bulk: Vec<Box<dyn PageLane>>,
         timed: &[TimedThread],
     ) -> Result<()> {
         task::give_way();
@@ -92,7 +86,6 @@ impl Course<'_> {
         if let Err(e) = settle_timed(self.process.pid(), timed) {
             tracing::warn!("{e}");
         }
-        let bulk: Vec<_> = bulk.collect();
         let limit = self.account.prefetch_limit.div_ceil(bulk.len().max(1) as u64);
         let lanes = bulk.into_iter().map(|lane| {
             bulk::start(Arc::clone(&self.drain), lane, Limit::new(limit, Instant::now()))

@@ -2,7 +2,7 @@
 
 use crate::at_end::AtEnd;
 use crate::dest::fault_times::{FaultTimes, Moments};
-use crate::dest::held::{Account, Holdings};
+use crate::dest::held::{Account, Ahead, Holdings};
 use crate::dest::install::{Data, Delivered, install};
 use crate::dest::journal::Record;
 use crate::dest::shared_memory::{Sleepers, mapped_until};
@@ -12,7 +12,6 @@ use crate::pages::{Layout, PageTable, Pages, Piece, Region, RunClaim, SpaceId, U
 use crate::protocol::{FaultParts, Figures, PresentRun};
 use slipstream_core::manifest::Manifest;
 use slipstream_core::restore::engine::Mapped;
-use slipstream_core::restore::keeper::Keeper;
 use slipstream_core::restore::memory::{LazyView, lazy_views};
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::uffd::Uffd;
@@ -74,12 +73,12 @@ impl Drain {
         m: &Manifest,
         mapped: Mapped,
         pid: i32,
-        keeper: Arc<Keeper>,
+        ahead: Ahead,
         pace: Arc<Pace>,
     ) -> Result<Self> {
         let (regions, aliases) = regions(m);
         let layout = Layout::new(regions)?;
-        let holdings = Holdings::create(keeper, mapped.ring, PageTable::len_bytes(&layout))?;
+        let holdings = Holdings::create(ahead, mapped.ring, PageTable::len_bytes(&layout))?;
         let drain = Self::build(layout, aliases, (mapped.uffd, pid), holdings, pace)?;
         drain.shared(|state| {
             for page in &m.pages {

@@ -78,6 +78,36 @@ impl Account {
     }
 }
 
+/// What of a drain's holdings can be made, and given to the keeper, before the process is frozen.
+#[derive(Debug)]
+pub struct Ahead {
+    keeper: Arc<Keeper>,
+    journal: Journal,
+    private: File,
+    shared: File,
+    twin: Twin,
+}
+
+impl Ahead {
+    /// Those of a new drain.
+    pub fn make(keeper: Arc<Keeper>) -> Result<Self> {
+        let (private, shared) = (table_file(0)?, table_file(0)?);
+        let journal = Journal::create()?;
+        keeper.hold(PRIVATE, private.as_fd())?;
+        keeper.hold(SHARED, shared.as_fd())?;
+        keeper.hold(JOURNAL, journal.file().as_fd())?;
+        let twin = make_twin(&keeper, &journal)?;
+        Ok(Self { keeper, journal, private, shared, twin })
+    }
+}
+
+fn make_twin(keeper: &Keeper, journal: &Journal) -> Result<Twin> {
+    let mut twin = Twin::start(keeper.init(), needed_descriptor)?;
+    twin.watch(journal.memory());
+    keeper.hold(TWIN, twin.as_fd())?;
+    Ok(twin)
+}
+
 /// The descriptors of a drain, all of which the keeper has too (once [`Holdings::keep`] was called).
 #[derive(Debug)]
 pub struct Holdings {
@@ -107,8 +137,12 @@ pub struct Found {
 }
 
 fn table_file(len: u64) -> Result<File> {
-    // Room for the rounding of `TableMemory`.
-    Ok(memfd(c"slipstream-pages", len.max(1).next_multiple_of(4096))?)
+    Ok(memfd(c"slipstream-pages", table_file_len(len))?)
+}
+
+/// With room for the rounding of `TableMemory`.
+fn table_file_len(len: u64) -> u64 {
+    len.max(1).next_multiple_of(4096)
 }
 
 fn table(file: &File, len: u64) -> Result<TableMemory> {
@@ -123,18 +157,14 @@ fn spare_table(pages: &Pages) -> Result<TableMemory> {
 
 impl Holdings {
     /// Those of a new drain, with page tables of `table_len` bytes.
-    pub fn create(keeper: Arc<Keeper>, ring: OwnedFd, table_len: u64) -> Result<Self> {
-        let (private, shared) = (table_file(table_len)?, table_file(table_len)?);
-        Ok(Self {
-            keeper,
-            ring,
-            journal: Journal::create()?,
-            private,
-            shared,
-            slots: [None; SPACES_MAX],
-            twin: None,
-            left_twin: None,
-        })
+    pub fn create(ahead: Ahead, ring: OwnedFd, table_len: u64) -> Result<Self> {
+        let Ahead { keeper, journal, private, shared, twin } = ahead;
+        for file in [&private, &shared] {
+            file.set_len(table_file_len(table_len))
+                .map_err(|e| Error::io("reserve a page table", e))?;
+        }
+        let (slots, twin, left_twin) = ([None; SPACES_MAX], Some(twin), None);
+        Ok(Self { keeper, ring, journal, private, shared, slots, twin, left_twin })
     }
 
     /// The two tables, for private and for shared regions.
@@ -149,20 +179,13 @@ impl Holdings {
         let keep = |slot, fd| self.keeper.hold(slot, fd);
         keep(UFFD, uffd.as_fd())?;
         self.keeper.hold_fetched(RING, self.ring.as_fd())?;
-        keep(PRIVATE, self.private.as_fd())?;
-        keep(SHARED, self.shared.as_fd())?;
-        keep(JOURNAL, self.journal.file().as_fd())?;
         keep(ACCOUNT, file.as_fd())?;
-        self.keeper.sync()?;
-        self.start_twin()
+        Ok(self.keeper.sync()?)
     }
 
     /// Makes this session's twin, and ends that of the session before: what it had is kept elsewhere by now.
     pub fn start_twin(&mut self) -> Result<()> {
-        let mut twin = Twin::start(self.keeper.init(), needed_descriptor)?;
-        twin.watch(self.journal.memory());
-        self.keeper.hold(TWIN, twin.as_fd())?;
-        self.twin = Some(twin);
+        self.twin = Some(make_twin(&self.keeper, &self.journal)?);
         if let Some(left) = self.left_twin.take()
             && let Err(e) = left.kill(libc::SIGKILL)
         {

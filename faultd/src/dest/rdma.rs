@@ -2,12 +2,15 @@
 
 use crate::carrier::{Carrier, Wish, refusal};
 use crate::control::{hear_source, say_to_source, unexpected};
+use crate::dest::drain::Drain;
+use crate::dest::faults;
 use crate::error::{Error, Result};
 use crate::protocol::{DestinationMessage, RdmaVerdict, Reason, Regions as Told, SourceMessage};
 use slipstream_transport::rdma::{Health, Reader, Regions};
 use slipstream_transport::{Channel, Pace, PageLane, Receiver, Sender, TcpPageLane};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// What this host would read by.
@@ -81,22 +84,39 @@ impl Choice {
         let bulk = bulk.into_iter().map(|c| TcpPageLane::new(c).with_pace(Arc::clone(pace)));
         let tcp = std::iter::once(TcpPageLane::new(urgent)).chain(bulk);
         let Some(reader) = self.reader else {
-            let boxed = tcp.map(|lane| Box::new(lane) as Box<dyn PageLane>).collect();
-            return PageLanes { lanes: boxed, watch: None };
+            let boxed: Vec<_> = tcp.map(|lane| Box::new(lane) as Box<dyn PageLane>).collect();
+            return PageLanes::new(boxed, None);
         };
         let regions = Arc::new(Regions::default());
         let health = reader.health();
         let lanes = reader.into_lanes(tcp.collect(), &regions);
-        PageLanes { lanes, watch: Some(Watch { regions, health, told: false }) }
+        PageLanes::new(lanes, Some(Watch { regions, health, told: false }))
     }
 }
 
 /// The lanes of a drain.
 pub struct PageLanes {
-    /// The urgent one, then those for prefetch.
-    pub lanes: Vec<Box<dyn PageLane>>,
+    /// Until a thread answers faults by it.
+    urgent: Option<Box<dyn PageLane>>,
+    /// For prefetch.
+    pub bulk: Vec<Box<dyn PageLane>>,
     /// Of RDMA, if they read by it.
     pub watch: Option<Watch>,
+}
+
+impl PageLanes {
+    /// The first lane is the urgent one.
+    fn new(lanes: Vec<Box<dyn PageLane>>, watch: Option<Watch>) -> Self {
+        let mut lanes = lanes.into_iter();
+        Self { urgent: lanes.next(), bulk: lanes.collect(), watch }
+    }
+
+    /// Starts the thread that answers faults; once.
+    pub fn start_faults(&mut self, drain: &Arc<Drain>) -> Result<JoinHandle<()>> {
+        let urgent = self.urgent.take();
+        let urgent = urgent.ok_or_else(|| Error::Internal("no urgent lane".into()))?;
+        faults::start(Arc::clone(drain), urgent)
+    }
 }
 
 /// What a session looks after while pages are read by RDMA.

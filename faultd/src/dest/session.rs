@@ -6,7 +6,7 @@ use crate::commit_protocol::Call;
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link};
 use crate::dest::drain::Drain;
-use crate::dest::held::Account;
+use crate::dest::held::{Account, Ahead};
 use crate::dest::rdma::{Choice, PageLanes};
 use crate::dest::staged;
 use crate::dest::take_over::{self, wish};
@@ -35,6 +35,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Name of the hidden subcommand that becomes init.
@@ -117,13 +118,15 @@ struct AtTheGate {
     account: Account,
     drain: Arc<Drain>,
     timed: Vec<TimedThread>,
+    /// Answers faults from the first on.
+    faults: JoinHandle<()>,
 }
 
 impl Session<'_> {
     fn run(&mut self) -> Result<()> {
         let Some(hello) = self.negotiate()? else { return Ok(()) };
-        let mut prepared = self.prepare(&hello)?;
-        let ready = self.restore(&mut prepared, hello.prefetch_limit).and_then(|at| {
+        let (mut prepared, ahead) = self.prepare(&hello)?;
+        let ready = self.restore(&mut prepared, ahead, hello.prefetch_limit).and_then(|at| {
             self.await_commit()?;
             Ok(at)
         });
@@ -199,7 +202,7 @@ impl Session<'_> {
         }
     }
 
-    fn prepare(&mut self, hello: &Hello) -> Result<Prepared> {
+    fn prepare(&mut self, hello: &Hello) -> Result<(Prepared, Ahead)> {
         let ends = (&mut self.sender, &mut self.receiver);
         self.rdma.connect(ends, STEP_TIMEOUT, hello.timed_reads)?;
         let bulk_lanes = hello.bulk_lanes.clamp(1, BULK_LANES_MAX);
@@ -214,18 +217,21 @@ impl Session<'_> {
             |(gate, restorer)| {
                 // By these a later session finds what this one leaves.
                 let init = restorer.newborn().keeper.init().pid();
-                let named = rundir::full_name(init)
+                let made = rundir::full_name(init)
                     .and_then(|name| dir.write(rundir::INIT, name.as_bytes()))
-                    .and_then(|()| dir.write(rundir::ROUTE, self.args.route_text().as_bytes()));
-                if let Err(e) = named {
-                    restorer.newborn().kill();
-                    return Err(e);
+                    .and_then(|()| dir.write(rundir::ROUTE, self.args.route_text().as_bytes()))
+                    .and_then(|()| Ahead::make(Arc::clone(&restorer.newborn().keeper)));
+                match made {
+                    Ok(ahead) => Ok((gate, restorer, ahead)),
+                    Err(e) => {
+                        restorer.newborn().kill();
+                        Err(e)
+                    }
                 }
-                Ok((gate, restorer))
             },
         );
-        let (gate, restorer) = match prepared {
-            Ok(both) => both,
+        let (gate, restorer, ahead) = match prepared {
+            Ok(all) => all,
             Err(e) => {
                 dir.remove();
                 return Err(e);
@@ -239,7 +245,7 @@ impl Session<'_> {
             prepared.dir.remove();
             return Err(e);
         }
-        Ok(prepared)
+        Ok((prepared, ahead))
     }
 
     fn make_newborn(
@@ -285,7 +291,12 @@ impl Session<'_> {
     }
 
     /// Hears the manifest and brings the process to its gate.
-    fn restore(&mut self, prepared: &mut Prepared, prefetch_limit: u64) -> Result<AtTheGate> {
+    fn restore(
+        &mut self,
+        prepared: &mut Prepared,
+        ahead: Ahead,
+        prefetch_limit: u64,
+    ) -> Result<AtTheGate> {
         let encoded = staged::receive_manifest(
             &mut self.sender,
             &mut self.receiver,
@@ -299,23 +310,25 @@ impl Session<'_> {
         failpoints::pass("destination-mapped")?;
         prepared.restorer.install(&manifest, &mapped.uffd)?;
         failpoints::pass("destination-pages")?;
-        let timed = prepared.restorer.finish(&manifest, &mapped)?;
+        let last = prepared.restorer.begin_last(&manifest, &mapped)?;
+        // While the process makes its threads: what the drain needs.
         let mut ours = prepared.restorer.ranges();
         ours.push(mapped.ring_range.clone());
-        let newborn = prepared.restorer.newborn();
         let account = Account::new(&manifest, &ours, prefetch_limit);
-        let keeper = Arc::clone(&newborn.keeper);
-        let (pid, pace) = (newborn.process.pid(), Arc::clone(&prepared.pace));
-        let drain = Arc::new(Drain::new(&manifest, mapped, pid, keeper, pace)?);
+        let pid = prepared.restorer.newborn().process.pid();
+        let drain = Drain::new(&manifest, mapped, pid, ahead, Arc::clone(&prepared.pace));
+        let timed = prepared.restorer.end_last(last)?;
+        let drain = Arc::new(drain?);
         failpoints::pass("destination-restored")?;
         let restore_us = began.elapsed().as_micros() as u64;
         self.said_ready = true;
         say_to_source(&mut self.sender, DestinationMessage::Ready(Ready { restore_us }))?;
         failpoints::reached("destination-ready");
-        // While the source parks its threads.
+        // While the source parks its threads. Should it not commit, the thread ends with this process.
         drain.keep(&account)?;
         failpoints::reached("destination-kept");
-        Ok(AtTheGate { account, drain, timed })
+        let faults = prepared.lanes.start_faults(&drain)?;
+        Ok(AtTheGate { account, drain, timed, faults })
     }
 
     /// Waits for the source to commit. On any other end the caller says NEVER.
@@ -329,7 +342,7 @@ impl Session<'_> {
     /// Opens the gate, and serves pages until nothing is missing.
     fn drain(&mut self, hello: &Hello, prepared: Prepared, at: AtTheGate) -> Result<()> {
         let Prepared { dir, gate: gate_file, restorer, lanes, .. } = prepared;
-        let AtTheGate { account, drain, timed } = at;
+        let AtTheGate { account, drain, timed, faults } = at;
         let process = &restorer.newborn().process;
         let mut course = Course {
             id: &hello.id,
@@ -341,8 +354,6 @@ impl Session<'_> {
             since: Instant::now(),
             rdma: lanes.watch,
         };
-        let mut lanes = lanes.lanes.into_iter();
-        let fault_thread = course.start_faults(lanes.next())?;
         failpoints::reached("destination-commit");
         if gate_file.decide(wish(Call::Commit)) != gate::RUN {
             return Err(Error::Refused {
@@ -366,7 +377,7 @@ impl Session<'_> {
         });
         let mut link =
             Link { sender: &mut self.sender, receiver: &mut self.receiver, newcomers: &self.lanes };
-        course.run(&mut link, fault_thread, lanes, &timed)
+        course.run(&mut link, faults, lanes.bulk, &timed)
     }
 }
 

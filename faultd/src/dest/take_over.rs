@@ -120,12 +120,12 @@ pub fn run(
     let outcome = Outcome { run: true, host_pid: process.pid(), ..Outcome::default() };
     say_to_source(link.sender, DestinationMessage::Outcome(outcome))?;
     let (urgent, bulk) = lanes.accept(rejoin.bulk_lanes.clamp(1, BULK_LANES_MAX), link.receiver)?;
-    let PageLanes { lanes, watch: rdma } = Choice::default().lanes(urgent, bulk, &pace);
+    let mut lanes = Choice::default().lanes(urgent, bulk, &pace);
+    let faults = lanes.start_faults(&drain)?;
+    let PageLanes { bulk, watch: rdma, .. } = lanes;
     let (account, since) = (found.account, Instant::now());
     let mut course = Course { id, peer, dir: &dir, drain, account, process: &process, since, rdma };
-    let mut lanes = lanes.into_iter();
-    let fault_thread = course.start_faults(lanes.next())?;
-    course.run(&mut link, fault_thread, lanes, &[])
+    course.run(&mut link, faults, bulk, &[])
 }
 
 fn tell_over(link: &mut Link<'_>, dir: &MigrationDir, completed: Completed) -> Result<()> {

@@ -23,15 +23,17 @@ pub const REGISTERS: &str = "parked-registers";
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 const DROP_ATTEMPTS: u32 = 3;
 
-/// Journals the registers that parking takes away. Done early, while the destination restores.
-pub fn journal_registers(frozen: &Frozen, dir: &MigrationDir) -> Result<()> {
+/// Journals the registers that parking takes away, and prepares the word that they matter. Done early, while the
+/// destination restores.
+pub fn prepare_journal(frozen: &Frozen, dir: &MigrationDir) -> Result<()> {
     let mut image = Vec::new();
     for t in frozen.threads() {
         image.extend_from_slice(&i64::from(t.tid).to_le_bytes());
         image.extend_from_slice(&t.sigmask.to_le_bytes());
         image.extend_from_slice(&t.regs.to_bytes());
     }
-    dir.write(REGISTERS, &image)
+    dir.write(REGISTERS, &image)?;
+    dir.prepare(JOURNAL, Journal::Committing.content())
 }
 
 /// Journals that the commit may be on its way, parks every thread, and stops the process. From here on
@@ -48,7 +50,7 @@ pub fn declare(
     dir: &MigrationDir,
     signals: &Watch,
 ) -> Result<()> {
-    dir.write(JOURNAL, Journal::Committing.content())?;
+    dir.publish(JOURNAL)?;
     failpoints::reached("source-journalled");
     frozen.park(scratch.pause_loop())?;
     failpoints::pass("source-parked")?;

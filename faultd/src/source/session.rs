@@ -396,7 +396,7 @@ impl<'a> Session<'a> {
         let servers = PageServers::start(std::mem::take(&mut link.lanes), &memory);
         record.mappings.clone_from(&manifest.mappings);
         record.write(dir)?;
-        commit::journal_registers(&frozen, dir)?;
+        commit::prepare_journal(&frozen, dir)?;
         let ready = match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
             DestinationMessage::Ready(ready) => ready,
             _ => return unexpected("ready"),
