@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 const RUN_BYTES_MAX: u64 = 256 << 10;
 /// A page is asked for as a whole.
 const _: () = assert!(PAGE_SIZE_MAX <= REQUEST_LEN_BYTES_MAX as u64);
+/// While faults come, so much is installed at a time: the fault thread waits for its end.
+const HURRIED_LEN_MAX: usize = 16 << 10;
 /// Longest wait for work before looking whether the drain has ended.
 const IDLE: Duration = Duration::from_millis(5);
 /// Pause while the fault thread reads the event that keeps a copy out.
@@ -150,7 +152,16 @@ fn land(
     let len = u64::from(reply.len_bytes);
     if run.page_size == 4096 {
         return match reply.content {
-            Content::Data(bytes) => deliver(drain, run, reply.address, Data::Bytes(bytes), pieces),
+            Content::Data(bytes) => {
+                let len_max = if drain.pace().is_hurried() { HURRIED_LEN_MAX } else { usize::MAX };
+                let mut address = reply.address;
+                for part in bytes.chunks(len_max) {
+                    drain.give_way();
+                    deliver(drain, run, address, Data::Bytes(part), pieces)?;
+                    address += part.len() as u64;
+                }
+                Ok(())
+            }
             Content::Absent => deliver(drain, run, reply.address, Data::Zeros(len), pieces),
             Content::Failed(errno) => Err(unreadable(reply.address, errno)),
         };

@@ -19,7 +19,9 @@ use slipstream_transport::Pace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, TryLockError,
+};
 use std::time::{Duration, Instant};
 
 mod events;
@@ -29,6 +31,8 @@ pub use events::Happened;
 const WAKE_START: u64 = 0x1_0000;
 const WAKE_END: u64 = 0x7fff_ffff_f000;
 
+/// A thread that is woken up later than this gains nothing by sleeping.
+const SPIN_MAX: Duration = Duration::from_micros(20);
 /// For an event that another one overtook: its thread only has to get a processor.
 const OVERTAKEN_MAX: Duration = Duration::from_secs(5);
 /// For children that are too many to have ended, when a drain is taken up.
@@ -39,6 +43,8 @@ const ROOM_PAUSE: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub struct Drain {
     state: RwLock<State>,
+    /// The fault thread waits for the exclusive half.
+    is_wanted: AtomicBool,
     /// The process, as this host sees it.
     pid: i32,
     /// There is anonymous shared memory, of which events don't tell all.
@@ -139,6 +145,7 @@ impl Drain {
                 unsettled: BTreeSet::new(),
                 sleepers: Sleepers::default(),
             }),
+            is_wanted: AtomicBool::new(false),
             pid,
             has_shared,
             pace,
@@ -182,6 +189,35 @@ impl Drain {
     /// Runs `f` under the exclusive half of the lock.
     pub fn exclusive<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         f(&mut self.state.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The same for the thread that programs wait for. It would sleep for longer than the lock is held: while faults
+    /// come, bulk lanes hold it for a few pages at a time, and [let it go first](Self::give_way).
+    fn exclusive_at_once<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        self.is_wanted.store(true, Ordering::Relaxed);
+        let until = Instant::now() + SPIN_MAX;
+        let mut state = loop {
+            match self.state.try_write() {
+                Ok(state) => break state,
+                Err(TryLockError::Poisoned(e)) => break e.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => std::hint::spin_loop(),
+                Err(TryLockError::WouldBlock) => {
+                    break self.state.write().unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        };
+        self.is_wanted.store(false, Ordering::Relaxed);
+        f(&mut state)
+    }
+
+    /// For bulk lanes, before they take the lock.
+    pub fn give_way(&self) {
+        if self.is_wanted.load(Ordering::Relaxed) {
+            let until = Instant::now() + SPIN_MAX;
+            while self.is_wanted.load(Ordering::Relaxed) && Instant::now() < until {
+                std::hint::spin_loop();
+            }
+        }
     }
 
     /// Installs what arrived for a source range, wherever it belongs by now.

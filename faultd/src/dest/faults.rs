@@ -203,12 +203,18 @@ impl Service {
         for _ in 0..EVENTS_IN_A_ROW {
             match self.drain.read_event(id)? {
                 Happened::Nothing => break,
+                // Seldom is there another, and a look needs no lock that others wait for.
+                Happened::Fault { address, tid } => {
+                    self.fault(id, address, tid)?;
+                    if !self.drain.has_event(id)? {
+                        break;
+                    }
+                }
                 Happened::Other => {}
                 Happened::Forked(child) => {
                     self.watch_space(child)?;
                     self.end_surplus();
                 }
-                Happened::Fault { address, tid } => self.fault(id, address, tid)?,
             }
         }
         self.lane.flush()?;

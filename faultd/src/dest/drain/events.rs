@@ -34,11 +34,20 @@ impl Drain {
     /// Reads one event of a space and applies it, in one go under the exclusive half: no copy is
     /// decided before it and lands after it.
     pub fn read_event(&self, id: SpaceId) -> Result<Happened> {
-        let happened = self.exclusive(|state| self.apply_event(state, id))?;
+        let happened = self.exclusive_at_once(|state| self.apply_event(state, id))?;
         if matches!(happened, Happened::Forked(_) | Happened::Other) {
             self.tell_news();
         }
         Ok(happened)
+    }
+
+    /// Whether there is an event to read.
+    pub fn has_event(&self, id: SpaceId) -> Result<bool> {
+        self.shared(|state| match state.uffds.get(&id) {
+            Some(uffd) => poll::readable(uffd, Duration::ZERO),
+            None => Ok(false),
+        })
+        .map_err(|e| Error::io("poll userfaultfd", e))
     }
 
     fn apply_event(&self, state: &mut State, id: SpaceId) -> Result<Happened> {
