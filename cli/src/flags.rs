@@ -167,8 +167,8 @@ pub struct MigrateArgs {
     pub carrier: CarrierArgs,
     /// Megabytes a second that prefetch may take of the network at most; pages that the process waits for come at once all
     /// the same
-    #[arg(long, value_name = "MB", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    pub prefetch_limit: Option<u64>,
+    #[arg(long, value_name = "MB", value_parser = megabytes)]
+    pub prefetch_limit: Option<f64>,
     /// Move the process with all its descendants (not in this version)
     #[arg(long)]
     pub tree: bool,
@@ -366,6 +366,14 @@ impl FromStr for MigrationId {
     }
 }
 
+/// Megabytes a second, fractions allowed.
+fn megabytes(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(mb) if (0.01..=1e6).contains(&mb) => Ok(mb),
+        _ => Err("a number of megabytes a second from 0.01 to 1000000".into()),
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(s) if s > 0.0 && s <= TIMEOUT_S_MAX => Ok(Duration::from_secs_f64(s)),
@@ -422,6 +430,8 @@ mod tests {
             migrate(&["7", "tcp://b:1", "--key", "k", "--json", "--timeout", "0.5"]).expect("ok");
         assert_eq!((args.pid, args.json, args.stdio), (7, true, Stdio::Keep));
         assert_eq!(args.timeout, Duration::from_millis(500));
+        let args = migrate(&["7", "b", "--prefetch-limit", "0.5"]);
+        assert_eq!(args.expect("ok").prefetch_limit, Some(0.5));
         let args = migrate(&["7", "b", "--stdio", "/tmp/out", "--tree", "--transport", "rdma"]);
         assert_eq!(args.expect("ok").stdio, Stdio::File("/tmp/out".into()));
     }
@@ -437,6 +447,8 @@ mod tests {
             &["7", "b", "--timeout", "0"],
             &["7", "b", "--timeout", "nan"],
             &["7", "b", "--timeout", "1e9"],
+            &["7", "b", "--prefetch-limit", "0"],
+            &["7", "b", "--prefetch-limit", "nan"],
             &["7", "b", "--stdio", "relative"],
             &["7", "b", "--transport", "pigeon"],
         ] {

@@ -270,7 +270,7 @@ fn source_config(request: &MigrateRequest) -> Result<SourceConfig> {
         run_dir: absolute(&request.args.run_dir)?,
         stdio: stdio_policy(&request.args.stdio),
         carrier: carrier(&request.args.carrier),
-        prefetch_limit: request.args.prefetch_limit.unwrap_or_default() * 1_000_000,
+        prefetch_limit: (request.args.prefetch_limit.unwrap_or_default() * 1e6) as u64,
         timeout: request.args.timeout,
     })
 }

@@ -54,7 +54,7 @@ pub fn run(flags: &Flags, slipstream: &Path) -> Result<()> {
     let alone = mover.migrate(
         flags.pages * 4096,
         Walk::Random,
-        &["--transport", transport, "--prefetch-limit", "1"],
+        &["--transport", transport, "--prefetch-limit", "0.1"],
     )?;
     eprintln!("faults, prefetch at full rate");
     let beside = mover.migrate(bytes, Walk::Random, &["--transport", transport])?;

@@ -25,7 +25,7 @@ const _: () = assert!(PAGE_SIZE_MAX <= REQUEST_LEN_BYTES_MAX as u64);
 /// While faults come, so much is installed at a time: the fault thread waits for its end.
 const HURRIED_LEN_MAX: usize = 16 << 10;
 /// Longest wait for work before looking whether the drain has ended.
-const IDLE: Duration = Duration::from_millis(5);
+const IDLE: Duration = Duration::from_millis(50);
 /// Pause while the fault thread reads the event that keeps a copy out.
 const BLOCKED_PAUSE: Duration = Duration::from_micros(20);
 
@@ -38,6 +38,8 @@ struct Worker {
     placement: Placement,
     window: Window,
     limit: Limit,
+    /// There was nothing to ask for.
+    rests: bool,
 }
 
 /// A run under way.
@@ -66,6 +68,7 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>, limit: Limit) -> JoinHa
             placement: Placement::of_this_thread(),
             window: Window::new(Instant::now()),
             limit,
+            rests: false,
         };
         if let Err(e) = worker.run() {
             for run in &worker.runs {
@@ -78,16 +81,29 @@ pub fn start(drain: Arc<Drain>, lane: Box<dyn PageLane>, limit: Limit) -> JoinHa
 
 impl Worker {
     fn run(&mut self) -> Result<()> {
+        let mut seen = 0;
         while !self.drain.has_ended() {
             self.placement.make_room(self.drain.pace());
             self.fill()?;
             if self.runs.is_empty() {
-                self.drain.wait_news(IDLE);
+                if let Some(pause) = self.limit.wait(Instant::now()) {
+                    std::thread::sleep(pause.min(IDLE));
+                } else {
+                    self.rest(true);
+                    self.drain.wait_news(&mut seen, IDLE);
+                }
                 continue;
             }
             self.take_reply()?;
         }
         Ok(())
+    }
+
+    fn rest(&mut self, rests: bool) {
+        if self.rests != rests {
+            self.rests = rests;
+            self.drain.lane_rests(rests);
+        }
     }
 
     fn fill(&mut self) -> Result<()> {
@@ -104,6 +120,7 @@ impl Worker {
                 break;
             }
             let Some(claim) = self.drain.next_run(len_max) else { break };
+            self.rest(false);
             self.limit.spend(claim.len_bytes);
             let page_size = self.drain.shared(|state| {
                 let space = state.pages.space(claim.space);

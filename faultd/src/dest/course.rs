@@ -27,10 +27,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-/// The end of a drain is noticed this fast.
+/// Between two looks at the adapter, and for regions that the source has made readable; and whether the drain is at its end,
+/// where nobody told. Not often: each time a CPU leaves what it does for faults.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// While only the end of something short is waited for.
 const TICK: Duration = Duration::from_millis(1);
-/// Between two looks at the adapter, and for regions that the source has made readable.
-const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// For the rest of a message that has begun to arrive.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 /// For init to note how the process ended.
@@ -132,12 +133,12 @@ impl Course<'_> {
 
     fn fetch(&mut self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
         receive_present_map(link.receiver, &self.drain, manifest, self.rdma.as_ref())?;
-        let (mut reported, mut looked) = (Instant::now(), Instant::now());
+        let (mut reported, mut looked, mut seen) = (Instant::now(), Instant::now(), 0);
         while !self.drain.complete() {
             if let Some(e) = self.drain.take_failure() {
                 return Err(e);
             }
-            self.drain.wait_news(TICK);
+            self.drain.wait_news(&mut seen, LOOK_INTERVAL);
             if looked.elapsed() >= LOOK_INTERVAL {
                 looked = Instant::now();
                 self.look_after_rdma(link)?;
@@ -186,7 +187,7 @@ impl Course<'_> {
             let finishing = scope.spawn(|| finish::finish(drain, manifest, process, ours));
             let mut reported = Instant::now();
             while !finishing.is_finished() {
-                self.drain.wait_news(TICK);
+                std::thread::sleep(TICK);
                 if reported.elapsed() >= PROGRESS_INTERVAL {
                     reported = Instant::now();
                     // A source that has gone comes back, and is told then.

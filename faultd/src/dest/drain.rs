@@ -51,9 +51,11 @@ pub struct Drain {
     has_shared: bool,
     /// Has bulk lanes make room for faults.
     pace: Arc<Pace>,
-    /// Signalled when there may be new work for bulk lanes, or an end.
+    /// Signalled when there may be new work for bulk lanes, or an end; counts that.
     news: Condvar,
-    news_lock: Mutex<()>,
+    news_len: Mutex<u64>,
+    /// A bulk lane has found nothing more to ask for.
+    is_at_rest: AtomicBool,
     ended: AtomicBool,
     failure: Mutex<Option<Error>>,
     fault_times: Mutex<FaultTimes>,
@@ -150,7 +152,8 @@ impl Drain {
             has_shared,
             pace,
             news: Condvar::new(),
-            news_lock: Mutex::new(()),
+            news_len: Mutex::new(0),
+            is_at_rest: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             failure: Mutex::new(None),
             fault_times: Mutex::new(FaultTimes::new()?),
@@ -361,14 +364,32 @@ impl Drain {
         }
     }
 
-    /// Waits for news, for at most `timeout`.
-    pub fn wait_news(&self, timeout: Duration) {
-        let guard = lock(&self.news_lock);
-        drop(self.news.wait_timeout(guard, timeout));
+    /// Waits for news that come after those that were `seen`, for at most `timeout`.
+    pub fn wait_news(&self, seen: &mut u64, timeout: Duration) {
+        let len = lock(&self.news_len);
+        let waited = self.news.wait_timeout_while(len, timeout, |len| *len == *seen);
+        *seen = *waited.unwrap_or_else(PoisonError::into_inner).0;
     }
 
-    fn tell_news(&self) {
+    /// Has whoever waits for news look.
+    pub fn tell_news(&self) {
+        *lock(&self.news_len) += 1;
         self.news.notify_all();
+    }
+
+    /// A bulk lane has nothing to ask for, or something again. All may be done.
+    pub fn lane_rests(&self, rests: bool) {
+        self.is_at_rest.store(rests, Ordering::Relaxed);
+        if rests {
+            self.tell_news();
+        }
+    }
+
+    /// No fault waits for a page any more: the last page may have come.
+    pub fn faults_answered(&self) {
+        if self.is_at_rest.load(Ordering::Relaxed) {
+            self.tell_news();
+        }
     }
 
     /// Ends the threads: all is done, or has failed.

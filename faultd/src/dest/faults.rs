@@ -340,6 +340,9 @@ impl Service {
         match self.drain.deliver(asked.space, source, data, &mut self.pieces)? {
             Delivered::All => {
                 self.drain.shared(|state| state.pages.urgent_done(asked.space, source));
+                if self.asked.is_empty() {
+                    self.drain.faults_answered();
+                }
                 // The thread goes on, and likely to its next fault.
                 self.drain.pace().hurry_on(since - asked.posted);
                 let (read, woken) = (asked.since, Instant::now());

@@ -37,6 +37,13 @@ impl Limit {
         ((rate * RUN.as_secs_f64()) as u64).max(RUN_BYTES_MIN)
     }
 
+    /// How long until something may be asked for again; `None` if that is so now.
+    pub fn wait(&mut self, now: Instant) -> Option<Duration> {
+        let rate = self.rate?;
+        (self.run_bytes_max(now) == 0)
+            .then(|| Duration::from_secs_f64((-self.left / rate).max(1e-6)))
+    }
+
     /// A run is asked for.
     pub fn spend(&mut self, bytes: u64) {
         self.left -= bytes as f64;
@@ -70,8 +77,21 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_as_long_as_said_may_ask() {
+        let mut now = Instant::now();
+        let mut limit = Limit::new(1_000_000, now);
+        assert_eq!(limit.wait(now), None);
+        limit.spend(20_000);
+        let pause = limit.wait(now).unwrap();
+        assert!((19..=21).contains(&pause.as_millis()), "{pause:?}");
+        now += pause + Duration::from_micros(1);
+        assert_eq!(limit.wait(now), None);
+    }
+
+    #[test]
     fn no_limit_is_none() {
         assert_eq!(in_ten_seconds(0, 4096), 40_960_000);
+        assert_eq!(Limit::new(0, Instant::now()).wait(Instant::now()), None);
     }
 
     #[test]

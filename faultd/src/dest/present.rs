@@ -39,6 +39,7 @@ pub fn receive_present_map(
                     }
                     drain.present(run)?;
                 }
+                drain.tell_news();
             }
             SourceMessage::PresentMapEnd(_) => break,
             SourceMessage::Regions(regions) => match rdma {
