@@ -15,7 +15,8 @@ static uint32_t word;
 static int pipe_ends[2], full_ends[2], event, timer, signals, epoll;
 static volatile sig_atomic_t handled;
 
-static void on_signal(int signal) { handled += signal == SIGUSR1; }
+/* Several threads do at once. */
+static void on_signal(int signal) { __atomic_fetch_add(&handled, signal == SIGUSR1, __ATOMIC_SEQ_CST); }
 
 static void by_futex(void) {
     while (__atomic_load_n(&word, __ATOMIC_ACQUIRE) == 0)

@@ -8,7 +8,8 @@ use crate::proc::fdinfo;
 use crate::proc::holders::Object;
 use crate::sys::files as sys;
 use std::collections::HashSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 const TFD_TIMER_ABSTIME: u32 = 1;
 
@@ -42,6 +43,23 @@ const ANONYMOUS: [(&str, &str); 11] = [
 ];
 
 const CLOSE: &str = "let the program close it; it can't be moved";
+
+/// A timer that is due has expired after this, unless its CPU is kept from it for long.
+const DUE_MAX: Duration = Duration::from_millis(5);
+const DUE_PAUSE: Duration = Duration::from_micros(50);
+
+/// Time left of a periodic timer. None is left of one that is due, whose interrupt has yet to come, and of one that is disarmed:
+/// the first goes on a moment later.
+fn time_left_ns(timer: BorrowedFd<'_>) -> nix::Result<i64> {
+    let until = Instant::now() + DUE_MAX;
+    loop {
+        let left = sys::timer_left(timer)?;
+        if left > 0 || Instant::now() >= until {
+            return Ok(left);
+        }
+        std::thread::sleep(DUE_PAUSE);
+    }
+}
 
 impl Capture<'_> {
     /// What `one` refers to, or why it can't be moved.
@@ -121,7 +139,7 @@ impl Capture<'_> {
             // A periodic timer rests between its expiration and the next look at it. Asking for the
             // time left sets it going again, as the read that is to come would, and counts the ticks.
             let dup = self.duplicate(one)?;
-            let left = sys::timer_left(dup.as_fd())
+            let left = time_left_ns(dup.as_fd())
                 .map_err(|e| unknown(Error::sys("ask for the time left", e)))?;
             let path = format!("fdinfo/{}", one.fd);
             let again = crate::proc::read(self.pid, &path).and_then(|text| fdinfo::parse(&text));
