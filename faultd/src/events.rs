@@ -278,7 +278,7 @@ pub struct Status {
     pub id: String,
     /// Which side of it this host is.
     pub role: Role,
-    /// As in [`Progress::phase`], or `begun`, `completed`, `exited`, `lost`.
+    /// As in [`Progress::phase`], or `completed`, `exited`, `lost`.
     pub phase: String,
     /// The process's PID on this host, if it has one here.
     #[serde(default)]

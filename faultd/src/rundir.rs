@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::events::{Role, Status};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use slipstream_core::restore::scratch::{Gate, gate};
 use std::fs::{self, DirBuilder};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -199,6 +200,8 @@ const BORN: &str = "born";
 const SESSION: &str = "session";
 /// File that the session in a folder holds a lock on: it goes with its last process.
 const LOCK: &str = "lock";
+/// File that says whether the copy here runs (see `core::restore::scratch::Gate`).
+pub const GATE: &str = "gate";
 /// File with the route by which the source finds its migration again.
 pub const ROUTE: &str = "route";
 /// File that names init of the moved process: its number, start time and the host's boot.
@@ -383,17 +386,14 @@ fn read_status(dir: &Path) -> Option<Status> {
     Some(status)
 }
 
-/// The status of a migration whose session was killed before it wrote any: it can be past its commit by then, and
-/// whoever looks for it must find it.
+/// The status of a process that runs here although its session, killed, never said so: whoever looks for it must find it.
 fn not_yet_said(dir: &Path) -> Option<Status> {
-    let name = dir.file_name()?.to_str()?;
-    let named = |role| Some((role, name.strip_prefix(prefix(role)).filter(|id| is_id(id))?));
-    let (role, id) = named(Role::Source).or_else(|| named(Role::Destination))?;
-    // Without it the folder is just being made, or going away.
-    dir.join(LOCK).is_file().then(|| Status {
+    let id = dir.file_name()?.to_str()?.strip_prefix(prefix(Role::Destination))?;
+    let runs = Gate::open(&dir.join(GATE)).is_ok_and(|gate| gate.value() == gate::RUN);
+    (runs && is_id(id)).then(|| Status {
         id: id.to_owned(),
-        role,
-        phase: "begun".into(),
+        role: Role::Destination,
+        phase: "drain".into(),
         pid: None,
         peer: String::new(),
         figures: None,
@@ -452,14 +452,19 @@ mod tests {
     }
 
     #[test]
-    fn a_session_killed_before_its_first_status_is_found() {
+    fn what_runs_is_found_whatever_its_session_has_said() {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
-        drop(MigrationDir::create(&run, Role::Destination, "aaaaaaaaaaaa").unwrap());
-        fs::create_dir(run.join("something-else")).unwrap();
-        let found = list(&run).unwrap();
-        let found: Vec<_> = found.iter().map(|s| (s.id.as_str(), s.role)).collect();
-        assert_eq!(found, [("aaaaaaaaaaaa", Role::Destination)]);
+        let found = || list(&run).unwrap().into_iter().map(|s| (s.id, s.role)).collect::<Vec<_>>();
+        let made = MigrationDir::create(&run, Role::Destination, "aaaaaaaaaaaa").unwrap();
+        assert_eq!(found(), [], "nothing has been restored");
+        let gate = Gate::create(&made.file(GATE)).unwrap();
+        assert_eq!(found(), [], "it waits at the gate");
+        gate.decide(gate::RUN);
+        assert_eq!(found(), [("aaaaaaaaaaaa".to_owned(), Role::Destination)]);
+        let made = MigrationDir::create(&run, Role::Destination, "bbbbbbbbbbbb").unwrap();
+        Gate::create(&made.file(GATE)).unwrap().decide(gate::NEVER);
+        assert_eq!(found().len(), 1, "it never ran here");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
+use slipstream_tests::migration::code;
 use slipstream_tests::process::{Pidfd, status_field};
 use slipstream_tests::program::Verdict;
 use slipstream_tests::settle::assert_settles;
@@ -185,6 +186,34 @@ fn everything_at_the_destination_killed() {
     recover(&hosts, Side::Destination, &id);
     migration.wait().assert_completed();
     finish(&program, &moved);
+}
+
+/// The same before the session had said anything of the process that it let go.
+#[test]
+fn killed_before_its_first_status() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent_with(|command| {
+        command.env("SLIPSTREAM_STOP_AT", "destination-run");
+    });
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let stopped = wait::until("the session to stop", Duration::from_secs(60), || {
+        let sessions = processes(&hosts, Side::Destination, &["slipstream-dst"]);
+        let stopped = |s: &Pidfd| status_field(s.pid, "State").is_some_and(|s| s.starts_with('T'));
+        sessions.into_iter().find(stopped)
+    });
+    kill(&hosts, Side::Destination, &["slipstream"]);
+    stopped.signal(libc::SIGKILL);
+    let folders = std::fs::read_dir(hosts.run_dir(Side::Destination)).expect("the run directory");
+    let names = folders.flatten().filter_map(|f| f.file_name().into_string().ok());
+    let ids: Vec<_> =
+        names.filter_map(|n| n.strip_prefix("destination-").map(str::to_owned)).collect();
+    let [id] = &ids[..] else { panic!("migrations at the destination: {ids:?}") };
+    recover(&hosts, Side::Destination, id);
+    assert_eq!(migration.wait().code, Some(code::COMPLETED));
+    program.tell();
+    wait::until("a verdict", LIMIT, || (program.verdict() != Verdict::None).then_some(()));
+    program.assert_ok();
 }
 
 /// The agent is killed and started again at the same address: the migration goes on by itself.

@@ -254,7 +254,7 @@ impl Session<'_> {
         dir: &MigrationDir,
         foreign_vdso: Option<Vec<u8>>,
     ) -> Result<(Gate, Restorer)> {
-        let gate = Gate::create(&dir.file("gate"))?;
+        let gate = Gate::create(&dir.file(rundir::GATE))?;
         let config = PrepareConfig {
             exe: PathBuf::from("/proc/self/exe"),
             init_subcommand: INIT_SUBCOMMAND.into(),

@@ -51,7 +51,7 @@ pub enum Aborted {
 
 /// A user gives a migration up that is coming here, or that has come and waits for its source.
 pub fn abort(run_dir: &Path, id: &str) -> Result<Aborted> {
-    let gate = Gate::open(&rundir::destination_file(run_dir, id, "gate"))?;
+    let gate = Gate::open(&rundir::destination_file(run_dir, id, rundir::GATE))?;
     if gate.decide(wish(Call::GiveUp)) == gate::NEVER {
         return Ok(Aborted::BeforeCommit);
     }
@@ -81,7 +81,7 @@ pub fn run(
     rundir::end_destination_session(&args.run_dir, id);
     let dir = MigrationDir::open(&args.run_dir, Role::Destination, id, LOCK_TIMEOUT)?;
     dir.note_session()?;
-    let gate = Gate::open(&dir.file("gate"))?;
+    let gate = Gate::open(&dir.file(rundir::GATE))?;
     let init = dir.read(rundir::INIT)?.and_then(|name| String::from_utf8(name).ok());
     let init = init.as_deref().and_then(rundir::named_process);
     if gate.decide(wish(Call::Rejoin)) != gate::RUN {
@@ -168,7 +168,7 @@ pub fn clean_up(run_dir: &Path) {
         let Ok(dir) = MigrationDir::open(run_dir, Role::Destination, &id, Duration::ZERO) else {
             continue; // A session is at work there.
         };
-        let Ok(gate) = Gate::open(&dir.file("gate")) else { continue };
+        let Ok(gate) = Gate::open(&dir.file(rundir::GATE)) else { continue };
         if gate.decide(wish(Call::GiveUp)) != gate::NEVER {
             continue;
         }
