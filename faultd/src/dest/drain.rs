@@ -70,7 +70,7 @@ pub struct State {
     pub pages: Pages,
     uffds: BTreeMap<SpaceId, Uffd>,
     held: Holdings,
-    /// Spaces of which an event was read since they last had nothing to say.
+    /// Spaces of which an event was read since they last had nothing to say; only where there is shared memory.
     unsettled: BTreeSet<SpaceId>,
     sleepers: Sleepers,
 }

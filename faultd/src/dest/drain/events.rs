@@ -41,9 +41,10 @@ impl Drain {
         Ok(happened)
     }
 
-    /// Whether there is an event to read.
+    /// Whether there is an event to read; also true while nobody has noted yet that there is none.
     pub fn has_event(&self, id: SpaceId) -> Result<bool> {
         self.shared(|state| match state.uffds.get(&id) {
+            Some(_) if state.unsettled.contains(&id) => Ok(true),
             Some(uffd) => poll::readable(uffd, Duration::ZERO),
             None => Ok(false),
         })
@@ -79,7 +80,9 @@ impl Drain {
                 if matches!(event, Event::Fork { .. }) {
                     failpoints::reached("destination-fork-read");
                 }
-                state.unsettled.insert(id);
+                if self.has_shared {
+                    state.unsettled.insert(id);
+                }
                 self.deal_with(state, id, event, &removing)
             }
         }
