@@ -33,6 +33,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::time::Instant;
 
 /// What becomes of standard streams that can't be moved: terminals, sockets, pipes to other processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -164,6 +165,8 @@ struct Capture<'a> {
     /// Pipes whose content is in the manifest already.
     pipes_read: HashSet<u64>,
     memfd_bytes: u64,
+    /// Timers that were due at the first look at one that may be have expired by then: the wait is for all of them together.
+    due_until: Option<Instant>,
 }
 
 impl<'a> Capture<'a> {
@@ -186,6 +189,7 @@ impl<'a> Capture<'a> {
             filesystems: HashMap::new(),
             pipes_read: HashSet::new(),
             memfd_bytes: 0,
+            due_until: None,
         })
     }
 

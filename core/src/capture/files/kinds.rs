@@ -44,21 +44,22 @@ const ANONYMOUS: [(&str, &str); 11] = [
 
 const CLOSE: &str = "let the program close it; it can't be moved";
 
-/// A timer that is due has expired after this, unless its CPU is kept from it for long.
+/// Timers that are due have expired after this, unless a CPU is kept from it for long.
 const DUE_MAX: Duration = Duration::from_millis(5);
 const DUE_PAUSE: Duration = Duration::from_micros(50);
 
 /// Time left of a periodic timer. None is left of one that is due, whose interrupt has yet to come, and of one that is disarmed:
-/// the first goes on a moment later.
-fn time_left_ns(timer: BorrowedFd<'_>) -> nix::Result<i64> {
-    let until = Instant::now() + DUE_MAX;
-    loop {
-        let left = sys::timer_left(timer)?;
-        if left > 0 || Instant::now() >= until {
-            return Ok(left);
-        }
+/// the first goes on a moment later, by `until`.
+fn time_left_ns(timer: BorrowedFd<'_>, until: Instant) -> nix::Result<i64> {
+    let mut left = sys::timer_left(timer)?;
+    let mut last = false;
+    // Once more even when time is up: it may be due only since then.
+    while left == 0 && !last {
+        last = Instant::now() >= until;
         std::thread::sleep(DUE_PAUSE);
+        left = sys::timer_left(timer)?;
     }
+    Ok(left)
 }
 
 impl Capture<'_> {
@@ -131,7 +132,7 @@ impl Capture<'_> {
         Ok(FileKind::EventFd(event))
     }
 
-    fn timer(&self, one: &Open) -> Result<FileKind, Blocker> {
+    fn timer(&mut self, one: &Open) -> Result<FileKind, Blocker> {
         let unknown = |e| Blocker::unknown(one.name(), &e);
         let silent = || one.blocker("the kernel does not tell its state", "use a newer kernel");
         let mut info = one.info.timer.ok_or_else(silent)?;
@@ -139,7 +140,8 @@ impl Capture<'_> {
             // A periodic timer rests between its expiration and the next look at it. Asking for the
             // time left sets it going again, as the read that is to come would, and counts the ticks.
             let dup = self.duplicate(one)?;
-            let left = time_left_ns(dup.as_fd())
+            let until = *self.due_until.get_or_insert_with(|| Instant::now() + DUE_MAX);
+            let left = time_left_ns(dup.as_fd(), until)
                 .map_err(|e| unknown(Error::sys("ask for the time left", e)))?;
             let path = format!("fdinfo/{}", one.fd);
             let again = crate::proc::read(self.pid, &path).and_then(|text| fdinfo::parse(&text));
