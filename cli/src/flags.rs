@@ -370,7 +370,7 @@ impl FromStr for MigrationId {
 fn megabytes(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(mb) if (0.01..=1e6).contains(&mb) => Ok(mb),
-        _ => Err("a number of megabytes a second from 0.01 to 1000000".into()),
+        _ => Err("give megabytes a second, at least 0.01 and at most 1000000".into()),
     }
 }
 

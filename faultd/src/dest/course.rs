@@ -28,8 +28,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Between two looks at the adapter, and for regions that the source has made readable; and whether the drain is at its end,
-/// where nobody told. Not often: each time a CPU leaves what it does for faults.
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// where nobody told. Not more often: each time a CPU leaves what it does for faults.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// While only the end of something short is waited for.
 const TICK: Duration = Duration::from_millis(1);
 /// For the rest of a message that has begun to arrive.
