@@ -6,6 +6,7 @@
 //! peer sends, the agent and the other sessions live.
 
 use crate::carrier::{self, Carrier};
+use crate::cgroup;
 use crate::dest::{lost, take_over};
 use crate::error::{Error, Result};
 use crate::failpoints;
@@ -81,6 +82,7 @@ pub fn run(config: &AgentConfig, listening: &mut dyn FnMut(SocketAddr)) -> Resul
     let sessions = Sessions::default();
     take_over::clean_up(&config.run_dir);
     rundir::prune(&config.run_dir);
+    cgroup::sweep();
     start_reaper(Arc::clone(&sessions), config.run_dir.clone());
     orphans::start_watch(config.run_dir.clone(), config.exe.clone());
     if let Some(limit) = config.source_lost {
@@ -288,6 +290,7 @@ fn start_reaper(sessions: Sessions, run_dir: PathBuf) {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
                     // A session, or the init of a process that has ended.
                     rundir::prune(&run_dir);
+                    cgroup::sweep();
                 }
                 Ok(WaitStatus::Signaled(pid, ..)) => {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());

@@ -3,6 +3,7 @@
 pub mod agent;
 mod at_end;
 pub mod carrier;
+pub mod cgroup;
 pub mod clocks;
 pub mod commit_protocol;
 pub mod control;

@@ -19,6 +19,7 @@ over_tcp=(
     "threads waits_endless"
     "descriptors pipes"
     "drain drain_killed"
+    "adverse clocks_jump"
 )
 # Between the two over RDMA, with what moves much memory.
 over_rdma=(

@@ -1,11 +1,26 @@
 //! A control group that holds what a test starts on a host which isn't its own: the way to find all of it, and to end it.
+//!
+//! Of a hierarchy of the tests' own, for Slipstream moves its processes from group to group of the unified one.
 
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::process::describe;
+use crate::process::{Pidfd, describe};
 use crate::wait;
+
+/// Where the lab's hosts have that hierarchy (`scripts/lab/host`).
+const HIERARCHY: &str = "/run/test-cgroups";
+
+/// Where Slipstream makes control groups, if it can (`faultd/src/cgroup.rs`).
+const OF_MIGRATIONS: [&str; 2] = ["/sys/fs/cgroup/slipstream", "/sys/fs/cgroup/unified/slipstream"];
+
+/// Removes control groups of migrations in which nobody is any more; those of other tests stay.
+pub fn sweep() {
+    for group in OF_MIGRATIONS.iter().flat_map(std::fs::read_dir).flatten().flatten() {
+        let _ = std::fs::remove_dir(group.path());
+    }
+}
 
 /// A control group by its name; whoever has the name may ask for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +43,7 @@ impl Cgroup {
     }
 
     fn path(&self) -> PathBuf {
-        PathBuf::from("/sys/fs/cgroup").join(&self.name)
+        PathBuf::from(HIERARCHY).join(&self.name)
     }
 
     /// Makes it if it isn't there, and opens the file to which a process writes `0` to enter.
@@ -40,7 +55,7 @@ impl Cgroup {
         std::fs::OpenOptions::new().write(true).open(self.path().join("cgroup.procs"))
     }
 
-    /// The processes in it. Nothing that is tested here makes control groups of its own.
+    /// The processes in it.
     pub fn pids(&self) -> Vec<i32> {
         let text = std::fs::read_to_string(self.path().join("cgroup.procs")).unwrap_or_default();
         // Those that this host's first PID namespace doesn't have are listed as 0.
@@ -52,14 +67,15 @@ impl Cgroup {
         self.pids().into_iter().map(describe).collect()
     }
 
-    /// Ends every process in it, at once (Linux 5.14), and removes it.
+    /// Ends every process in it, and removes it.
     pub fn end(&self) {
         if !self.path().exists() {
             return;
         }
-        let killed = std::fs::write(self.path().join("cgroup.kill"), "1");
-        killed.unwrap_or_else(|error| panic!("ending control group {}: {error}", self.name));
         wait::until("a control group to be empty", Duration::from_secs(20), || {
+            for process in self.pids().into_iter().filter_map(Pidfd::open) {
+                process.signal(libc::SIGKILL);
+            }
             std::fs::remove_dir(self.path()).is_ok().then_some(())
         });
     }

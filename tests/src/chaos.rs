@@ -16,9 +16,9 @@ use crate::proxy::Proxy;
 use crate::wait;
 
 /// For everything to come to rest once nothing is broken any more.
-const SETTLE: Duration = Duration::from_secs(90);
+const SETTLE: Duration = wait::LIMIT;
 /// A whole `recover`.
-const RECOVER: Duration = Duration::from_secs(60);
+const RECOVER: Duration = wait::LIMIT;
 /// Bytes of one beat of the lease (`programs/chaos.c`).
 const BEAT_LEN: u64 = 24;
 

@@ -10,14 +10,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::build;
 use crate::host::Host;
 use crate::migration::Migration;
 use crate::namespace::Namespace;
 use crate::program::Program;
 use crate::wait;
+use crate::{build, cgroup};
 
 /// Which of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,6 +218,16 @@ impl Hosts {
             .expect("running slipstream")
     }
 
+    /// What `slipstream status --json` says of a migration.
+    pub fn status(&self, side: Side, id: &str) -> Value {
+        let run_dir = self.run_dir(side);
+        let run_dir = run_dir.to_str().expect("a path");
+        let output = self.slipstream_on(side, &["status", id, "--json", "--run-dir", run_dir]);
+        let line = String::from_utf8_lossy(&output.stdout).into_owned();
+        serde_json::from_str(line.lines().next().unwrap_or_default())
+            .unwrap_or_else(|e| panic!("status of {id}: {e}: {line}"))
+    }
+
     /// Starts a migration of a program to the agent.
     pub fn migrate<'a>(&'a self, program: &Program<'a>, agent: &Agent) -> Migration {
         Migration::start(self, program.pid, &agent.destination(), |_| {})
@@ -285,6 +296,7 @@ impl Drop for Hosts {
             eprintln!("{}", self.describe());
         }
         self.end_all();
+        cgroup::sweep();
         if self.host(Side::Destination).far().is_some() {
             self.remove_run_dirs();
         }

@@ -141,7 +141,7 @@ impl Migration {
 
     /// Waits for the end.
     pub fn wait(self) -> Outcome {
-        self.wait_at_most(Duration::from_secs(120))
+        self.wait_at_most(LIMIT)
     }
 
     /// Waits for the end, which has to come soon.

@@ -43,7 +43,8 @@ pub fn describe(pid: i32) -> String {
         let state = status_field_of(&proc_file(pid, &format!("task/{tid}/status")), "State");
         let _ = writeln!(
             text,
-            "    thread {tid} {state}: syscall {} wchan {} stack {}",
+            "    thread {tid} {state}: ran and waited ns, times {} syscall {} wchan {} stack {}",
+            read("schedstat"),
             read("syscall"),
             read("wchan"),
             read("stack")
@@ -152,7 +153,8 @@ impl Moved {
 pub struct Inventory {
     /// Number of threads.
     pub threads: usize,
-    /// Link of each descriptor; numbers of pipes and the like are left out, for they differ.
+    /// Link of each descriptor; numbers of pipes and the like are left out, for they differ. So are files of `/proc`: programs
+    /// open them for a moment to look at themselves.
     pub descriptors: BTreeMap<i32, String>,
     /// Address, protection and path of each mapping, neighbours that only differ by address merged.
     pub mappings: Vec<(u64, u64, String, String)>,
@@ -167,6 +169,9 @@ impl Inventory {
             let link =
                 std::fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
             let link = link.split(":[").next().unwrap_or_default().to_owned();
+            if link.starts_with("/proc/") {
+                continue;
+            }
             descriptors.insert(entry.file_name().to_string_lossy().parse().unwrap_or(-1), link);
         }
         Self { threads, descriptors, mappings: mappings(&proc_file(pid, "maps")) }

@@ -35,7 +35,7 @@ pub fn assert_settles(hosts: &Hosts, program: &Program, what: &str) {
         (runs(program.pid) != is_there(program)).then_some(())
     });
     program.tell();
-    wait::until(&format!("{what}: a verdict"), Duration::from_secs(60), || {
+    wait::until(&format!("{what}: a verdict"), wait::LIMIT, || {
         (program.verdict() != Verdict::None).then_some(())
     });
     program.assert_ok();

@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use slipstream_tests::migration::code;
 use slipstream_tests::process::Pidfd;
 use slipstream_tests::proxy::Proxy;
-use slipstream_tests::{Agent, Build, Hosts, Migration, Outcome, Program, Side, wait};
+use slipstream_tests::{Agent, Build, Hosts, Migration, Outcome, Program, Side, skipped, wait};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -71,6 +71,56 @@ fn stopped_destination_after_the_commit() {
         process.signal(libc::SIGCONT);
     }
     migration.wait().assert_completed();
+    program.tell();
+    moved.wait_end(LIMIT);
+    program.assert_ok();
+}
+
+/// Moves a host's clock, and back when it is dropped.
+struct Jumps<'a> {
+    hosts: &'a Hosts,
+    side: Side,
+    days: i32,
+}
+
+impl Jumps<'_> {
+    fn by(&mut self, days: i32) {
+        self.days += days;
+        let mut date = self.hosts.host(self.side).command("date");
+        let set = date.arg("--set").arg(format!("{days} days")).stdout(std::process::Stdio::null());
+        let status = set.status().expect("running date");
+        assert!(status.success() || std::thread::panicking(), "date: {status}");
+    }
+}
+
+impl Drop for Jumps<'_> {
+    fn drop(&mut self) {
+        self.by(-self.days);
+    }
+}
+
+/// The time of day jumps forward and back on both hosts, before the commit and after it: nothing depends on it.
+#[test]
+fn clocks_jump() {
+    let hosts = Hosts::two();
+    if hosts.host(Side::Destination).far().is_none() {
+        let missing = "hosts with clocks of their own; `scripts/softroce-lab test tcp` runs it";
+        return skipped("clocks_jump", missing);
+    }
+    let agent = hosts.agent();
+    let program = Program::start(&hosts, Build::dynamic("anon"), &[]);
+    let mut here = Jumps { hosts: &hosts, side: Side::Source, days: 0 };
+    let mut there = Jumps { hosts: &hosts, side: Side::Destination, days: 0 };
+    let slow = |command: &mut Command| _ = command.args(["--prefetch-limit", "5"]);
+    let migration = Migration::start(&hosts, program.pid, &agent.destination(), slow);
+    here.by(-1);
+    there.by(400);
+    let moved = migration.wait_resumed();
+    here.by(3);
+    there.by(-800);
+    assert!(!migration.ended(), "it was over before the clocks had jumped");
+    migration.wait().assert_completed();
+    program.assert_source_dropped();
     program.tell();
     moved.wait_end(LIMIT);
     program.assert_ok();

@@ -104,11 +104,11 @@ fn cut_anywhere() {
         let migration = Migration::start(&hosts, program.pid, &proxy.destination(), |_| {});
         std::thread::sleep(Duration::from_millis(700));
         proxy.mend();
-        let outcome = migration.wait_at_most(Duration::from_secs(60));
+        let outcome = migration.wait_at_most(wait::LIMIT);
         match outcome.code {
             Some(0) => {
                 program.tell();
-                wait::until("a verdict", Duration::from_secs(60), || {
+                wait::until("a verdict", wait::LIMIT, || {
                     (program.verdict() != Verdict::None).then_some(())
                 });
                 program.assert_ok();

@@ -50,7 +50,7 @@ fn drain_killed() {
     let next = Program::start(&hosts, Build::dynamic("anon"), &[]);
     let moved = hosts.migrate(&next, &agent).wait().assert_completed();
     next.tell();
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     next.assert_ok();
 }
 
@@ -82,7 +82,7 @@ fn child_traced_at_the_end() {
     let migration = Migration::start(&hosts, program.pid, &agent.destination(), slowly);
     let moved = migration.wait_resumed();
     program.wait_for_line("orphan");
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     let named = |pid: &i32| {
         let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         comm.starts_with("drain_orphan")
@@ -91,7 +91,7 @@ fn child_traced_at_the_end() {
     let pid = Pid::from_raw(pids.into_iter().find(named).expect("the child"));
     ptrace::seize(pid, ptrace::Options::empty()).expect("tracing it");
     let run_dir = hosts.run_dir(Side::Destination);
-    wait::until("the drain to wait for the tracer", Duration::from_secs(60), || {
+    wait::until("the drain to wait for the tracer", wait::LIMIT, || {
         let folders = std::fs::read_dir(&run_dir).expect("the run directory").flatten();
         let status = |path: std::path::PathBuf| std::fs::read_to_string(path.join("status.json"));
         let tracer = format!("process {pid} is traced by process {}", nix::unistd::gettid());
@@ -144,7 +144,7 @@ fn prefetch_limit_is_kept() {
     assert!(prefetched > 50e6, "faults brought it all: nothing was tested: {completed:#}");
     assert!(rate <= 1.05 * MB_PER_S, "{rate} MB/s: {completed:#}");
     program.tell();
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     program.assert_ok();
 }
 
@@ -164,7 +164,7 @@ fn traced_at_the_end() {
     let pid = Pid::from_raw(moved.pid);
     ptrace::seize(pid, ptrace::Options::empty()).expect("tracing it");
     let run_dir = hosts.run_dir(Side::Destination);
-    wait::until("status to name the tracer", Duration::from_secs(60), || {
+    wait::until("status to name the tracer", wait::LIMIT, || {
         let arguments = ["status", "--json", "--run-dir", run_dir.to_str().expect("a path")];
         let output = hosts.slipstream_on(Side::Destination, &arguments);
         let tracer = format!("is traced by process {}", nix::unistd::gettid());
@@ -176,6 +176,6 @@ fn traced_at_the_end() {
     ptrace::detach(pid, None).expect("letting go");
     migration.wait().assert_completed();
     program.tell();
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     program.assert_ok();
 }

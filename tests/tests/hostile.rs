@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use slipstream_tests::process::status_field;
 use slipstream_tests::proxy::Proxy;
-use slipstream_tests::{Agent, Build, Hosts, Migration, Program, Side};
+use slipstream_tests::{Agent, Build, Hosts, Migration, Program, Side, wait};
 
 /// Sends bytes, and returns what came back before the agent closed (or `patience` ran out).
 fn send(hosts: &Hosts, agent: &Agent, bytes: &[u8], patience: Duration) -> Vec<u8> {
@@ -31,7 +31,7 @@ fn move_one(hosts: &Hosts, agent: &Agent, destination: &str) {
     let program = Program::start(hosts, Build::dynamic("anon"), &[]);
     let moved = Migration::start(hosts, program.pid, destination, |_| {}).wait().assert_completed();
     program.tell();
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     program.assert_ok();
     assert!(agent.alive(), "the agent died:\n{}", agent.said());
 }

@@ -32,7 +32,7 @@ fn move_and_compare(name: &'static str) {
     );
     program.assert_source_dropped();
     program.tell();
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     program.assert_ok();
     wait::until("everything but the agent to be gone", Duration::from_secs(15), || {
         let left = hosts
@@ -84,7 +84,7 @@ fn moved_twice() {
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     once.wait_end(Duration::from_secs(20));
     program.tell();
-    wait::until("the twice moved program to finish", Duration::from_secs(60), || {
+    wait::until("the twice moved program to finish", wait::LIMIT, || {
         (program.verdict() != slipstream_tests::program::Verdict::None).then_some(())
     });
     program.assert_ok();

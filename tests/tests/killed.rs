@@ -6,7 +6,7 @@ use std::cell::Cell;
 
 use slipstream_tests::settle::assert_settles;
 use slipstream_tests::stepper::{End, Stepper};
-use slipstream_tests::{Build, Hosts, Migration, Program, Side};
+use slipstream_tests::{Build, Hosts, Migration, Program, Side, wait};
 
 /// Kills in one stretch, unless told otherwise.
 const KILLS: u64 = 8;
@@ -38,7 +38,7 @@ fn killed_in(stretch: &Stretch, kill_at: u64) -> (End, u64) {
     let calls = stepper.calls;
     drop(stepper);
     let what = format!("{}, call {calls}: {end:?}", stretch.from);
-    migration.wait_at_most(std::time::Duration::from_secs(60));
+    migration.wait_at_most(wait::LIMIT);
     assert_settles(&hosts, &program, &what);
     (end, calls)
 }

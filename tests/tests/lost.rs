@@ -3,13 +3,12 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use slipstream_tests::migration::code;
 use slipstream_tests::process::{Moved, Pidfd, status_field};
 use slipstream_tests::proxy::Proxy;
 use slipstream_tests::{Agent, Build, Hosts, Migration, Program, Side, build, wait};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = wait::LIMIT;
 
 /// Everything of Slipstream on the source dies, and the network with it.
 fn lose_source(hosts: &Hosts, proxy: &Proxy) {
@@ -30,17 +29,8 @@ fn run(hosts: &Hosts, side: Side, command: &str, id: &str) -> (Option<i32>, Stri
     (output.status.code(), String::from_utf8_lossy(&said).into_owned())
 }
 
-fn status(hosts: &Hosts, side: Side, id: &str) -> Value {
-    let run_dir = hosts.run_dir(side);
-    let run_dir = run_dir.to_str().expect("a path");
-    let output = hosts.slipstream_on(side, &["status", id, "--json", "--run-dir", run_dir]);
-    let line = String::from_utf8_lossy(&output.stdout).into_owned();
-    serde_json::from_str(line.lines().next().unwrap_or_default())
-        .unwrap_or_else(|e| panic!("status of {id}: {e}: {line}"))
-}
-
 fn assert_lost(hosts: &Hosts, side: Side, id: &str, why: &str) {
-    let status = status(hosts, side, id);
+    let status = hosts.status(side, id);
     assert_eq!(status["phase"], "lost", "{status}");
     assert!(status["detail"].as_str().is_some_and(|d| d.contains(why)), "{why:?} not in {status}");
 }

@@ -9,7 +9,7 @@ use slipstream_tests::process::{Pidfd, status_field};
 use slipstream_tests::program::Verdict;
 use slipstream_tests::{Build, Hosts, Migration, Outcome, Program, Side, skipped, wait};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = wait::LIMIT;
 
 /// The session that has stopped itself.
 fn held_session(hosts: &Hosts, program: &Program) -> Pidfd {

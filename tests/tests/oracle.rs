@@ -5,7 +5,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, SystemTime};
 
-use slipstream_tests::{Build, Hosts, Program};
+use slipstream_tests::{Build, Hosts, Program, wait};
 
 const SEEDS_LEN: u64 = 16;
 
@@ -30,7 +30,7 @@ fn run(seed: u64) {
     };
     std::thread::sleep(Duration::from_millis(seed.wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 55));
     program.tell();
-    moved.wait_end(Duration::from_secs(60));
+    moved.wait_end(wait::LIMIT);
     program.assert_ok();
 }
 

@@ -43,7 +43,7 @@ fn little_is_sent_in_the_blackout() {
         let sent = resumed["blackout_parts"]["state_bytes"].as_u64().expect("state_bytes");
         assert!(sent > 0 && sent <= STATE_BYTES_MAX, "{arguments:?}: {sent} bytes");
         program.tell();
-        moved.wait_end(Duration::from_secs(60));
+        moved.wait_end(wait::LIMIT);
         program.assert_ok();
     }
 }
@@ -54,7 +54,7 @@ fn too_fast() {
     let hosts = Hosts::two();
     let agent = hosts.agent();
     let program = Program::start(&hosts, Build::dynamic("presend_fast"), &[]);
-    let outcome = hosts.migrate(&program, &agent).wait_at_most(Duration::from_secs(60));
+    let outcome = hosts.migrate(&program, &agent).wait_at_most(wait::LIMIT);
     assert!(matches!(outcome.code, Some(code::REFUSED | code::ROLLED_BACK)), "{outcome:#?}");
     let failed = outcome.event("failed").expect("an event failed");
     assert!(failed["reason"].as_str().is_some_and(|r| r.contains("memfd too fast")), "{failed}");
@@ -76,7 +76,7 @@ fn rolls_back_what_was_sent_ahead() {
         let outcome = Migration::start(&hosts, program.pid, &agent.destination(), |command| {
             command.env("SLIPSTREAM_FAIL_AT", point);
         })
-        .wait_at_most(Duration::from_secs(60));
+        .wait_at_most(wait::LIMIT);
         assert!(
             matches!(outcome.code, Some(code::REFUSED | code::ROLLED_BACK)),
             "{point}: {outcome:#?}"

@@ -46,7 +46,7 @@ fn two_migrations_of_one_process() {
         outcomes[1 - winner].assert_refused(REFUSED, &[&program.pid.to_string()]);
         program.assert_source_dropped();
         program.tell();
-        moved.wait_end(Duration::from_secs(60));
+        moved.wait_end(wait::LIMIT);
         program.assert_ok();
     }
 }
@@ -65,7 +65,7 @@ fn stopped_copies_are_not_moved() {
     if let Some(session) = session(&hosts, Side::Source, "__source-session") {
         session.signal(libc::SIGKILL);
     }
-    let outcome = migration.wait_at_most(Duration::from_secs(60));
+    let outcome = migration.wait_at_most(wait::LIMIT);
     if outcome.code == Some(COMPLETED) {
         return program.assert_source_dropped(); // Everything had arrived before the cut.
     }

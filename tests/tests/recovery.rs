@@ -9,7 +9,7 @@ use slipstream_tests::program::Verdict;
 use slipstream_tests::settle::assert_settles;
 use slipstream_tests::{Build, Hosts, Migration, Program, Side, build, wait};
 
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = wait::LIMIT;
 
 /// Slipstream's processes on a host with one of these names (`slipstream-init` is part of the moved process).
 fn processes(hosts: &Hosts, side: Side, names: &[&str]) -> Vec<Pidfd> {
@@ -197,7 +197,7 @@ fn killed_before_its_first_status() {
     });
     let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
     let migration = hosts.migrate(&program, &agent);
-    let stopped = wait::until("the session to stop", Duration::from_secs(60), || {
+    let stopped = wait::until("the session to stop", wait::LIMIT, || {
         let sessions = processes(&hosts, Side::Destination, &["slipstream-dst"]);
         let stopped = |s: &Pidfd| status_field(s.pid, "State").is_some_and(|s| s.starts_with('T'));
         sessions.into_iter().find(stopped)
@@ -357,7 +357,7 @@ fn killed_at(step: &str) {
     let migration = Migration::start(&hosts, program.pid, &agent.destination(), |command| {
         command.env("SLIPSTREAM_KILL_AT", step);
     });
-    let outcome = migration.wait_at_most(Duration::from_secs(60));
+    let outcome = migration.wait_at_most(wait::LIMIT);
     assert!(
         step.starts_with("destination") || outcome.event("completed").is_none(),
         "{step}: nothing was killed: {outcome:#?}"

@@ -45,7 +45,7 @@ fn fails_at(point: &str, name: &'static str) {
     let outcome = Migration::start(&hosts, program.pid, &agent.destination(), |command| {
         command.env("SLIPSTREAM_FAIL_AT", point);
     })
-    .wait_at_most(Duration::from_secs(60));
+    .wait_at_most(wait::LIMIT);
     assert!(
         matches!(outcome.code, Some(code::REFUSED | code::ROLLED_BACK)),
         "{point}, {name}: {outcome:#?}"
@@ -98,7 +98,7 @@ fn moves_after_a_rollback() {
         outcome.assert_completed();
     }
     program.tell();
-    wait::until("the program to finish", Duration::from_secs(60), || {
+    wait::until("the program to finish", wait::LIMIT, || {
         program.output().ends_with("OK\n").then_some(())
     });
 }
@@ -118,7 +118,7 @@ fn cut_at_any_byte() {
         let migration = Migration::start(&hosts, program.pid, &proxy.destination(), |_| {});
         // Past the commit it waits for the wire, and says so.
         let paused = || migration.find("note").is_some();
-        wait::until("an end or a pause", Duration::from_secs(60), || {
+        wait::until("an end or a pause", wait::LIMIT, || {
             (migration.ended() || paused()).then_some(())
         });
         if paused() {
@@ -129,7 +129,7 @@ fn cut_at_any_byte() {
             );
         }
         proxy.mend();
-        let outcome = migration.wait_at_most(Duration::from_secs(60));
+        let outcome = migration.wait_at_most(wait::LIMIT);
         match outcome.code {
             Some(code::REFUSED | code::ROLLED_BACK) => {
                 before.assert_untouched();
@@ -160,7 +160,7 @@ fn interrupted() {
         if outcome.event("committed").is_some() {
             // Too late to go back: the display ends, the migration goes on by itself.
             program.tell();
-            wait::until("the moved program to finish", Duration::from_secs(60), || {
+            wait::until("the moved program to finish", wait::LIMIT, || {
                 program.output().ends_with("OK\n").then_some(())
             });
         } else {

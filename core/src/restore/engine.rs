@@ -400,6 +400,10 @@ fn install_page(page: &PageData, lazy: &[LazyRange], mem: &ProcMem, uffd: &Uffd)
     }
     match uffd.copy(page.address, &page.bytes) {
         Ok(Installed::All | Installed::Exists(_)) => Ok(()),
+        Ok(Installed::NoMemory(_)) => {
+            let none = std::io::Error::from_raw_os_error(libc::ENOMEM);
+            Err(Error::io(format!("install page {:#x}", page.address), none))
+        }
         Ok(other) => Err(Error::Manifest(format!("page {:#x}: {other:?}", page.address))),
         Err(e) => Err(Error::io(format!("install page {:#x}", page.address), e)),
     }

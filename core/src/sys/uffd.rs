@@ -81,6 +81,8 @@ pub enum Installed {
     Exists(u64),
     /// After so many bytes: nothing is mapped there, or it is not registered.
     NotMapped(u64),
+    /// After so many bytes: this host has no memory for more, or the process's control group may not have it.
+    NoMemory(u64),
     /// The address space is gone.
     Gone,
 }
@@ -179,6 +181,7 @@ fn installed(errno: Option<Errno>, done: u64, len: u64) -> io::Result<Installed>
         Some(Errno::EAGAIN) => Ok(Installed::Partly(count)),
         Some(Errno::EEXIST) => Ok(Installed::Exists(count)),
         Some(Errno::ENOENT) => Ok(Installed::NotMapped(count)),
+        Some(Errno::ENOMEM) => Ok(Installed::NoMemory(count)),
         Some(Errno::ESRCH) => Ok(Installed::Gone),
         Some(e) => Err(e.into()),
     }

@@ -28,6 +28,8 @@ const HURRIED_LEN_MAX: usize = 16 << 10;
 const IDLE: Duration = Duration::from_millis(50);
 /// Pause while the fault thread reads the event that keeps a copy out.
 const BLOCKED_PAUSE: Duration = Duration::from_micros(20);
+/// Pause while this host has no memory for a page.
+const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
 
 struct Worker {
     drain: Arc<Drain>,
@@ -214,6 +216,7 @@ fn deliver(
         if let Some(piece) = not_mapped.after(delivered, Instant::now()) {
             drain.give_up(run.claim.space, &piece);
         }
-        std::thread::sleep(BLOCKED_PAUSE);
+        let short = delivered == Delivered::NoMemory;
+        std::thread::sleep(if short { NO_MEMORY_PAUSE } else { BLOCKED_PAUSE });
     }
 }

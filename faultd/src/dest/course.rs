@@ -134,6 +134,7 @@ impl Course<'_> {
     fn fetch(&mut self, link: &mut Link<'_>, manifest: &Manifest) -> Result<()> {
         receive_present_map(link.receiver, &self.drain, manifest, self.rdma.as_ref())?;
         let (mut reported, mut looked, mut seen) = (Instant::now(), Instant::now(), 0);
+        let mut short_of_memory = false;
         while !self.drain.complete() {
             if let Some(e) = self.drain.take_failure() {
                 return Err(e);
@@ -145,6 +146,10 @@ impl Course<'_> {
             }
             if reported.elapsed() >= PROGRESS_INTERVAL {
                 reported = Instant::now();
+                if self.drain.is_short_of_memory() != short_of_memory {
+                    short_of_memory = !short_of_memory;
+                    self.tell_of_memory(short_of_memory);
+                }
                 let figures: Figures = self.drain.figures();
                 say_to_source(link.sender, DestinationMessage::Progress(figures))?;
                 if poll::readable(link.newcomers, Duration::ZERO).unwrap_or(false)
@@ -245,6 +250,18 @@ impl Course<'_> {
             Some(reason) => say_to_source(link.sender, DestinationMessage::RdmaLost(reason)),
             None => Ok(()),
         }
+    }
+
+    fn tell_of_memory(&self, short: bool) {
+        if !short {
+            return self.tell("drain", "");
+        }
+        let what = format!(
+            "paused since {}: no memory for the process's pages: free some on this host, or raise the limit of its control group",
+            now()
+        );
+        tracing::warn!("migration {}: {what}", self.id);
+        self.tell("waiting", &what);
     }
 
     /// The process runs: from here on a full disk must not end what brings its pages.

@@ -56,6 +56,7 @@ pub struct Drain {
     news_len: Mutex<u64>,
     /// A bulk lane has found nothing more to ask for.
     is_at_rest: AtomicBool,
+    short_of_memory: AtomicBool,
     ended: AtomicBool,
     failure: Mutex<Option<Error>>,
     fault_times: Mutex<FaultTimes>,
@@ -154,6 +155,7 @@ impl Drain {
             news: Condvar::new(),
             news_len: Mutex::new(0),
             is_at_rest: AtomicBool::new(false),
+            short_of_memory: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             failure: Mutex::new(None),
             fault_times: Mutex::new(FaultTimes::new()?),
@@ -245,7 +247,16 @@ impl Drain {
         if gone {
             self.space_ended(id);
         }
+        let short = outcome == Delivered::NoMemory;
+        if short != self.is_short_of_memory() && (short || !pieces.is_empty()) {
+            self.short_of_memory.store(short, Ordering::Relaxed);
+        }
         Ok(outcome)
+    }
+
+    /// There was no memory for the last page that was to be installed: it is tried again until there is.
+    pub fn is_short_of_memory(&self) -> bool {
+        self.short_of_memory.load(Ordering::Relaxed)
     }
 
     /// A page for which the kernel goes on having no mapping, with no event to say why: it is taken as

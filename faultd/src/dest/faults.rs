@@ -393,7 +393,7 @@ pub fn unreadable(address: u64, errno: i32) -> Error {
     Error::Protocol(format!("the source can't read the page at {address:#x}: {why}"))
 }
 
-/// Fills a missing page with zeros; wakes if it is there. False when an event must be read first.
+/// Fills a missing page with zeros; wakes if it is there. False when that must be tried again, an event read first.
 fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> Result<bool> {
     use slipstream_core::sys::uffd::Installed;
     // The kernel has no ZEROPAGE for huge pages.
@@ -404,7 +404,7 @@ fn fill_zero(uffd: &slipstream_core::sys::uffd::Uffd, start: u64, len: u64) -> R
     };
     match result {
         Ok(Installed::All | Installed::Gone) => Ok(true),
-        Ok(Installed::Partly(_)) => Ok(false),
+        Ok(Installed::Partly(_) | Installed::NoMemory(_)) => Ok(false),
         // Present, or no longer what it was: the access is tried again and says what it wants.
         Ok(Installed::Exists(_) | Installed::NotMapped(_)) => {
             uffd.wake(start, len).map_err(|e| Error::io("wake a thread", e))?;

@@ -21,6 +21,8 @@ pub enum Delivered {
     All,
     /// An event must be read first.
     Blocked,
+    /// There is no memory for more of it.
+    NoMemory,
     /// The kernel has no mapping for this page, and perhaps an event that says so.
     NotMapped(Piece),
 }
@@ -90,6 +92,10 @@ pub fn install(
                 Installed::Partly(count) => {
                     landed(count);
                     return Ok((Delivered::Blocked, false));
+                }
+                Installed::NoMemory(count) => {
+                    landed(count);
+                    return Ok((Delivered::NoMemory, false));
                 }
                 // A copy never spans two mappings (one `mprotect` makes two): go on page by page.
                 Installed::NotMapped(0) if part > page => part = page,

@@ -1,6 +1,7 @@
 //! The destination session: one migration, from the first message to the last page.
 
 use crate::agent::SessionArgs;
+use crate::cgroup;
 use crate::clocks::{self, Exchange, Offsets};
 use crate::commit_protocol::Call;
 use crate::control::{hear_source, say_to_source, unexpected};
@@ -79,6 +80,7 @@ pub fn run(args: &SessionArgs) -> Result<()> {
         rdma: Choice::default(),
         vdso: None,
         said_ready: false,
+        group: None,
     };
     let result = session.run();
     if let Err(e) = &result {
@@ -102,6 +104,7 @@ struct Session<'a> {
     vdso: Option<Vec<u8>>,
     /// From here on the source may commit without our knowing.
     said_ready: bool,
+    group: Option<cgroup::Membership>,
 }
 
 /// What is ready before the freeze.
@@ -213,6 +216,7 @@ impl Session<'_> {
         let lanes = std::mem::take(&mut self.rdma).lanes(urgent, bulk, &pace);
         let offsets = self.clock_offsets(hello)?;
         let dir = MigrationDir::create(&self.args.run_dir, Role::Destination, &hello.id)?;
+        self.group = Some(cgroup::enter(&hello.id));
         let prepared = Self::make_newborn(hello, offsets, &dir, self.vdso.clone()).and_then(
             |(gate, restorer)| {
                 // By these a later session finds what this one leaves.

@@ -4,6 +4,7 @@
 //! gate; where nothing was, it is decided now: NEVER. What of the drain is left is with the keeper.
 
 use crate::agent::SessionArgs;
+use crate::cgroup;
 use crate::commit_protocol::{Call, wishes_run};
 use crate::control::{hear_source, say_to_source, unexpected};
 use crate::dest::course::{Course, Link, goodbye};
@@ -81,6 +82,7 @@ pub fn run(
     rundir::end_destination_session(&args.run_dir, id);
     let dir = MigrationDir::open(&args.run_dir, Role::Destination, id, LOCK_TIMEOUT)?;
     dir.note_session()?;
+    let _group = cgroup::enter(id);
     let gate = Gate::open(&dir.file(rundir::GATE))?;
     let init = dir.read(rundir::INIT)?.and_then(|name| String::from_utf8(name).ok());
     let init = init.as_deref().and_then(rundir::named_process);

@@ -4,6 +4,7 @@
 //!
 //! A session that takes over from one that was killed begins here.
 
+use crate::cgroup;
 use crate::commit_protocol::{self, Heard, Journal, Next};
 use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
@@ -93,6 +94,7 @@ enum Joined {
 pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<()> {
     let dir = MigrationDir::open(run_dir, Role::Source, id, rundir::GLANCE)?;
     dir.note_session()?;
+    let _group = cgroup::enter(id);
     let journal = commit::journal(&dir)?;
     let (Some(record), Journal::Committing | Journal::Committed) = (Record::read(&dir)?, journal)
     else {

@@ -4,6 +4,7 @@
 //! ptrace requests come from the thread that calls [`run`].
 
 use crate::carrier::{Carrier, Wish};
+use crate::cgroup;
 use crate::clocks;
 use crate::commit_protocol::{self, Heard, Journal, Next};
 use crate::control::{hear_destination, say_to_destination, unexpected};
@@ -130,6 +131,7 @@ impl<'a> Session<'a> {
         let process = PidFd::open(pid)?;
         let id = rundir::new_id()?;
         let dir = MigrationDir::create(&self.config.run_dir, Role::Source, &id)?;
+        let _group = cgroup::enter(&id);
         self.write_status(&dir, &id, "prepare", None);
         let prepared = self.before_freeze(&mut local, &id);
         let (mut link, scratch, mut presender, route) = match prepared {
