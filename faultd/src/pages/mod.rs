@@ -612,10 +612,17 @@ impl Pages {
 
     /// How far the drain is.
     pub fn statistics(&self) -> Statistics {
+        let pages_total = self.counters.total.load(Relaxed);
+        let pages_present = self.counters.present.load(Relaxed).min(pages_total);
+        // What came before the present map may be zeros, of which the source has no pages; what was removed while it was under
+        // way is not counted one by one.
+        let left = pages_total - pages_present;
+        let pages_gone =
+            if self.complete() { left } else { self.counters.gone.load(Relaxed).min(left) };
         Statistics {
-            pages_total: self.counters.total.load(Relaxed),
-            pages_present: self.counters.present.load(Relaxed),
-            pages_gone: self.counters.gone.load(Relaxed),
+            pages_total,
+            pages_present,
+            pages_gone,
             bytes: self.counters.bytes.load(Relaxed),
             urgent: self.counters.urgent.load(Relaxed),
         }

@@ -77,6 +77,10 @@ fn the_drain_ends_when_all_has_arrived_or_gone() {
     assert!(pages.complete());
     let statistics = pages.statistics();
     assert_eq!((statistics.pages_total, statistics.pages_present), (32, 26));
+    assert_eq!(statistics.pages_gone, 6);
+    // Of what the source never had, nothing counts.
+    pages.unmap(PROCESS, BASE + (40 << 12), BASE + (48 << 12));
+    assert_eq!(pages.statistics().pages_gone, 6);
     let zero = |start| FaultAction::Zero { start, len_bytes: 4096 };
     for page in [0, 30, 40, 1000] {
         let at = BASE + (page << 12);
