@@ -10,6 +10,7 @@ pub mod figures;
 pub mod gone;
 pub mod interrupt;
 pub mod local;
+pub mod opening;
 pub mod orphans;
 pub mod page_server;
 pub mod presend;

@@ -3,7 +3,7 @@
 //! It runs in a process and session of its own, so that a closed terminal ends only the display. All
 //! ptrace requests come from the thread that calls [`run`].
 
-use crate::carrier::{Carrier, Wish};
+use crate::carrier::Carrier;
 use crate::cgroup;
 use crate::clocks;
 use crate::commit_protocol::{self, Heard, Journal, Next};
@@ -11,16 +11,17 @@ use crate::control::{hear_destination, say_to_destination, unexpected};
 use crate::error::{Error, Result};
 use crate::events::{self, BlackoutParts, Event, Outcome, Role, Status};
 use crate::failpoints;
-use crate::protocol::{ClockReading, DestinationMessage, Empty, Reason, SourceMessage, Verdict};
+use crate::protocol::{DestinationMessage, Empty, Reason, SourceMessage, Verdict};
 use crate::rundir::{self, MigrationDir};
 use crate::source::afterwards::{Afterwards, Live};
 use crate::source::commit;
 use crate::source::cost::Meter;
 use crate::source::interrupt::Interrupts;
-use crate::source::local::{self, Local, Wants};
+use crate::source::local::{self, Local};
+use crate::source::opening::{self, Connections, Hindrance, destination_blocker, event_blocker};
 use crate::source::page_server::PageServers;
 use crate::source::presend::{Captured, Presender};
-use crate::source::rdma::{Agreed, Offer, SharedSender};
+use crate::source::rdma::{Agreed, SharedSender};
 use crate::source::record::Record;
 use prost::Message;
 use slipstream_core::capture::files::StdioPolicy;
@@ -29,12 +30,10 @@ use slipstream_core::capture::state::signals::Watch;
 use slipstream_core::freeze::Frozen;
 use slipstream_core::inject::SourceScratch;
 use slipstream_core::manifest::Manifest;
-use slipstream_core::preflight::Blocker;
 use slipstream_core::proc::claim::Claim;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::task::Haste;
-use slipstream_transport::{Channel, Key, Purpose, Receiver, Route, Sender, Timeouts, resolve};
-use std::net::SocketAddr;
+use slipstream_transport::{Channel, Key, resolve};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -88,17 +87,6 @@ struct Session<'a> {
     /// The commit message may have left.
     committed: bool,
     sink: Sink<'a>,
-}
-
-/// The connections to the destination.
-struct Connections {
-    addresses: Vec<SocketAddr>,
-    key: Key,
-    sender: Sender,
-    receiver: Receiver,
-    /// Until the page servers have them.
-    lanes: Vec<Channel>,
-    rdma: Agreed,
 }
 
 /// The frozen process, its manifest sent, the destination ready.
@@ -213,12 +201,13 @@ impl<'a> Session<'a> {
     /// All that can be done while the process runs. Nothing is left of it on failure.
     fn before_freeze(&mut self, local: &mut Local, id: &str) -> Result<Ahead<'a>> {
         let (mut link, verdict) = self.negotiate(local, id)?;
+        self.enter("prepare");
         if verdict.foreign_vdso {
             local.avoid = local::vdso_range(self.config.pid)?;
         }
         local.elsewhere = verdict.boot_id != clocks::boot_id()?;
-        link.lanes = self.connect_lanes(&link, &verdict)?;
-        self.await_prepared(&mut link)?;
+        link.open_lanes(self.config, self.interrupts, &verdict)?;
+        link.await_prepared(self.config)?;
         let mut presender = Presender::new(self.config.pid, self.interrupts, self.config.timeout)?;
         presender.ahead(&mut link.sender, &mut link.receiver, local, false)?;
         let scratch = self.map_scratch(&mut link, local)?;
@@ -272,91 +261,13 @@ impl<'a> Session<'a> {
     }
 
     fn negotiate(&mut self, local: &mut Local, id: &str) -> Result<(Connections, Verdict)> {
-        let key = Key::load(&self.config.key)?;
-        let addresses = resolve(&self.config.destination)?;
-        let channel =
-            Channel::connect(&addresses, &key, Route::NEW, Purpose::Control, self.timeouts())?;
-        self.interrupts.close_on_interrupt(channel.closer());
-        let offer = Offer::new(&self.config.carrier, channel.local_ip());
-        let (mut sender, mut receiver) = channel.split();
-        let pid = self.config.pid;
-        let timeout = self.config.timeout;
-        let prefetch_limit = self.config.prefetch_limit;
-        let wants = Wants { rdma_candidates: &offer.candidates, prefetch_limit, timed_reads: 0 };
-        let verdict = local::agree(&mut sender, &mut receiver, id, pid, local, &wants, timeout)?;
-        let mut blockers: Vec<_> = verdict
-            .blockers
-            .iter()
-            .map(|b| event_blocker(&Blocker::new(&b.object, &b.reason, &b.remedy)))
-            .collect();
-        blockers.extend(offer.hindrance(&verdict).and_then(|why| self.no_tcp(why)));
-        if !blockers.is_empty() {
-            return Err(self.refuse(blockers));
-        }
-        let rdma = offer.connect(&verdict, &mut sender, &mut receiver, timeout)?;
-        if rdma.source.is_none()
-            && let Some(blocker) = self.no_tcp(rdma.why_tcp.clone())
-        {
-            return Err(self.refuse(vec![blocker]));
-        }
-        (self.sink)(Event::Preflight(events::Preflight { blockers: Vec::new() }));
-        failpoints::pass("source-connected")?;
-        Ok((Connections { addresses, key, sender, receiver, lanes: Vec::new(), rdma }, verdict))
-    }
-
-    /// The blocker that it is to those who want RDMA or nothing.
-    fn no_tcp(&self, reason: String) -> Option<events::Blocker> {
-        let remedy = "`slipstream check` lists adapters; or use --transport auto".into();
-        let object = "--transport rdma".into();
-        (self.config.carrier.wish == Wish::Rdma).then_some(events::Blocker {
-            object,
-            reason,
-            remedy,
-        })
-    }
-
-    fn timeouts(&self) -> Timeouts {
-        Timeouts { connect: self.config.timeout, handshake: self.config.timeout }
-    }
-
-    fn connect_lanes(&mut self, link: &Connections, verdict: &Verdict) -> Result<Vec<Channel>> {
-        self.enter("prepare");
-        let route: [u8; 16] = verdict
-            .route
-            .as_slice()
-            .try_into()
-            .map_err(|_| Error::Protocol("a malformed route".into()))?;
-        let route = Route::from_bytes(route);
-        let bulk = u16::try_from(verdict.bulk_lanes.min(64)).unwrap_or(1).max(1);
-        let purposes = std::iter::once(Purpose::Urgent).chain((0..bulk).map(Purpose::Bulk));
-        let lanes = purposes
-            .map(|purpose| {
-                let channel =
-                    Channel::connect(&link.addresses, &link.key, route, purpose, self.timeouts())?;
-                self.interrupts.close_on_interrupt(channel.closer());
-                Ok(channel)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        failpoints::pass("source-lanes")?;
-        Ok(lanes)
-    }
-
-    /// Answers clock probes until the destination is prepared.
-    fn await_prepared(&mut self, link: &mut Connections) -> Result<()> {
-        let offsets = clocks::namespace_offsets(&self.config.pid.to_string())?;
-        loop {
-            match hear_destination(&mut link.receiver, Some(self.config.timeout))? {
-                DestinationMessage::ClockProbe(_) => {
-                    let host = clocks::host_clocks()?;
-                    let reading = ClockReading {
-                        monotonic_ns: host.monotonic_ns + offsets.monotonic_ns,
-                        boottime_ns: host.boottime_ns + offsets.boottime_ns,
-                    };
-                    say_to_destination(&mut link.sender, SourceMessage::ClockReading(reading))?;
-                }
-                DestinationMessage::Prepared(_) => return Ok(()),
-                _ => return unexpected("a clock probe"),
+        match opening::negotiate(self.config, self.interrupts, local, id) {
+            Ok(agreed) => {
+                (self.sink)(Event::Preflight(events::Preflight { blockers: Vec::new() }));
+                failpoints::pass("source-connected").map(|()| agreed)
             }
+            Err(Hindrance::Blockers(blockers)) => Err(self.refuse(blockers)),
+            Err(Hindrance::Error(e)) => Err(e),
         }
     }
 
@@ -571,16 +482,4 @@ fn frozen_event(m: &Manifest) -> Event {
 
 fn us(since: Instant) -> u64 {
     since.elapsed().as_micros() as u64
-}
-
-fn event_blocker(b: &Blocker) -> events::Blocker {
-    events::Blocker { object: b.object.clone(), reason: b.reason.clone(), remedy: b.remedy.clone() }
-}
-
-fn destination_blocker(e: &Error) -> events::Blocker {
-    events::Blocker {
-        object: "destination".into(),
-        reason: e.to_string(),
-        remedy: e.remedy().to_owned(),
-    }
 }
