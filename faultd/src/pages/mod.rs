@@ -41,6 +41,8 @@ mod layout;
 mod prefetch;
 mod space;
 mod spans;
+mod statistics;
+mod taken_up;
 
 #[cfg(test)]
 mod sim;
@@ -52,13 +54,15 @@ pub use memory::TableMemory;
 pub use prefetch::RunClaim;
 pub use space::{Located, Piece, PieceKind, SharedRemove, Space};
 pub use spans::Span;
+pub use statistics::Statistics;
 pub use table::{Counts, PageState, PageTable};
 
 use intervals::IntervalSet;
 use prefetch::{Prefetch, Urgent};
+use statistics::Counters;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Least length of an absent range worth unregistering, in bytes.
@@ -146,30 +150,6 @@ pub struct Unregister {
     pub space: SpaceId,
     /// Current addresses.
     pub range: Range<u64>,
-}
-
-/// How far the drain is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Statistics {
-    /// Pages known to be present on the source.
-    pub pages_total: u64,
-    /// Pages installed in the process itself.
-    pub pages_present: u64,
-    /// Pages the process discarded or unmapped before they arrived.
-    pub pages_gone: u64,
-    /// Bytes installed, in all spaces.
-    pub bytes: u64,
-    /// Pages asked for on the urgent lane.
-    pub urgent: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    total: AtomicU64,
-    present: AtomicU64,
-    gone: AtomicU64,
-    bytes: AtomicU64,
-    urgent: AtomicU64,
 }
 
 /// All of a migration's pages. See the module for who may call what when.
@@ -526,76 +506,6 @@ impl Pages {
         }
     }
 
-    // ---- Taking up what an earlier fault daemon left (before any copy) ----
-
-    /// Begins a space of which only the spans that follow are tracked; a child with the table it had.
-    pub fn restore_space(
-        &mut self,
-        id: SpaceId,
-        memory: Option<TableMemory>,
-    ) -> Result<(), PagesError> {
-        let bad = PagesError::NoSpace(id);
-        let process = self.spaces.get_mut(&SpaceId::PROCESS).ok_or(bad.clone())?;
-        let Some(memory) = memory else {
-            if id != SpaceId::PROCESS {
-                return Err(bad);
-            }
-            process.clear_spans();
-            return Ok(());
-        };
-        let space = process.sibling(memory)?;
-        self.put_space(id, space);
-        Ok(())
-    }
-
-    /// Adds a span to a space begun by [`Pages::restore_space`].
-    pub fn restore_span(&mut self, id: SpaceId, span: Span) -> Result<(), PagesError> {
-        let end = span.source.checked_add(span.len_bytes);
-        let placed = self.layout.find(span.source);
-        let inside = placed.is_some_and(|p| end.is_some_and(|end| end <= p.region.end()));
-        if !inside || span.start.checked_add(span.len_bytes).is_none() {
-            return Err(PagesError::BadRange { start: span.source, len_bytes: span.len_bytes });
-        }
-        self.spaces.get_mut(&id).ok_or(PagesError::NoSpace(id))?.restore_span(span);
-        Ok(())
-    }
-
-    /// A place that a mapping of the space has moved away from (see [`Space::left`]), oldest first.
-    pub fn restore_left(&mut self, id: SpaceId, range: Range<u64>) -> Result<(), PagesError> {
-        self.spaces.get_mut(&id).ok_or(PagesError::NoSpace(id))?.restore_left(range);
-        Ok(())
-    }
-
-    /// A part of the space whose event is yet to come (see [`Space::overtaken`]).
-    pub fn restore_overtaken(&mut self, id: SpaceId, span: Span) -> Result<(), PagesError> {
-        self.spaces.get_mut(&id).ok_or(PagesError::NoSpace(id))?.restore_overtaken(span);
-        Ok(())
-    }
-
-    /// A fork that was applied before: the child `id` has its table already.
-    pub fn fork_again(
-        &mut self,
-        parent: SpaceId,
-        id: SpaceId,
-        memory: TableMemory,
-    ) -> Result<(), PagesError> {
-        let parent = self.spaces.get(&parent).ok_or(PagesError::NoSpace(parent))?;
-        let child = parent.fork_again(memory)?;
-        self.put_space(id, child);
-        Ok(())
-    }
-
-    fn put_space(&mut self, id: SpaceId, space: Space) {
-        self.next_space = self.next_space.max(id.0.saturating_add(1));
-        self.spaces.insert(id, space);
-        self.prefetch.get_mut().unwrap_or_else(PoisonError::into_inner).add_space(id);
-    }
-
-    /// The number the next forked child will have.
-    pub fn next_space(&self) -> SpaceId {
-        SpaceId(self.next_space)
-    }
-
     // ---- The end ----
 
     /// Every page of a space that is present on the source has arrived or is gone.
@@ -608,24 +518,6 @@ impl Pages {
         let prefetch = self.prefetch();
         let done = |(id, space): (&SpaceId, &Space)| prefetch.idle(*id) && !space.is_overtaken();
         self.map_complete && self.spaces.iter().all(done)
-    }
-
-    /// How far the drain is.
-    pub fn statistics(&self) -> Statistics {
-        let pages_total = self.counters.total.load(Relaxed);
-        let pages_present = self.counters.present.load(Relaxed).min(pages_total);
-        // What came before the present map may be zeros, of which the source has no pages; what was removed while it was under
-        // way is not counted one by one.
-        let left = pages_total - pages_present;
-        let pages_gone =
-            if self.complete() { left } else { self.counters.gone.load(Relaxed).min(left) };
-        Statistics {
-            pages_total,
-            pages_present,
-            pages_gone,
-            bytes: self.counters.bytes.load(Relaxed),
-            urgent: self.counters.urgent.load(Relaxed),
-        }
     }
 
     /// A panic elsewhere leaves the sets as they were between two changes of theirs, each whole.
