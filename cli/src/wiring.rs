@@ -7,6 +7,7 @@ use nix::unistd::Pid;
 use slipstream_core::capture::files::StdioPolicy;
 use slipstream_core::preflight::host::check_host;
 use slipstream_core::restore::newborn::{InitConfig, init_main};
+use slipstream_core::sys::pidfd::PidFd;
 use slipstream_faultd::agent::{self, AgentConfig, SessionArgs};
 use slipstream_faultd::carrier::{Carrier, Wish};
 use slipstream_faultd::dest::session as destination_session;
@@ -129,16 +130,17 @@ impl Engine for Wired {
             };
         };
         if status.phase != "prepare" {
-            return Err(too_late(id));
+            return Err(past_commit(&status));
         }
         rundir::interrupt_session(run_dir, id).map_err(|e| refused("abort", &e))?;
         let deadline = Instant::now() + ABORT_TIMEOUT;
         while Instant::now() < deadline {
             match find() {
-                None => {
+                None if status.pid.is_some_and(is_alive) => {
                     return Ok(format!("migration {id} was given up; the process runs on here"));
                 }
-                Some(s) if s.phase != "prepare" => return Err(too_late(id)),
+                None => return Err(too_late(id)),
+                Some(s) if s.phase != "prepare" => return Err(past_commit(&s)),
                 Some(_) => std::thread::sleep(Duration::from_millis(20)),
             }
         }
@@ -335,6 +337,26 @@ fn too_late_here(id: &str) -> Failed {
         remedy: "move it back, or end it like any other process".into(),
         ..too_late(id)
     }
+}
+
+/// Whether it runs there is unknown here while the destination can't be asked.
+fn past_commit(status: &Status) -> Failed {
+    let id = &status.id;
+    if status.phase != "waiting" {
+        return too_late(id);
+    }
+    Failed {
+        reason: format!("migration {id} is past its commit, and its destination does not answer"),
+        remedy:
+            "`slipstream abort` at the destination gives it up, unless its process has run there"
+                .into(),
+        ..too_late(id)
+    }
+}
+
+/// False also for one that has exited, whoever has not taken note of that yet.
+fn is_alive(pid: i32) -> bool {
+    PidFd::open(pid).is_ok_and(|process| !process.exited())
 }
 
 fn too_late(id: &str) -> Failed {

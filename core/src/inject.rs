@@ -12,6 +12,7 @@ use crate::arch::{self, Context};
 use crate::error::{Error, Result};
 use crate::freeze::{Frozen, FrozenThread};
 use crate::one_stopped::OneStopped;
+use crate::proc::maps::{self, MapLine};
 use crate::program::{Op, Program};
 use crate::sys::mem::ProcMem;
 use crate::sys::ptrace::{self, Stop};
@@ -84,6 +85,15 @@ impl SourceScratch {
             )));
         }
         Ok(Self { pid, base: range.start, len: range.end - range.start, mem })
+    }
+
+    /// What a session that was killed has left in a process.
+    pub fn left_in(pid: pid_t) -> Result<Option<Self>> {
+        let mem = ProcMem::open(pid)?;
+        let all = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u32;
+        let ours = |l: &MapLine| l.shared && l.prot == all && holds_runner(&mem, l.start);
+        let found = maps::read(pid)?.into_iter().find(ours);
+        Ok(found.map(|line| Self { pid, base: line.start, len: line.end - line.start, mem }))
     }
 
     /// Removes it again from a process that goes on at the source. A process that has executed another

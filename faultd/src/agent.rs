@@ -289,6 +289,7 @@ fn start_reaper(sessions: Sessions, run_dir: PathBuf) {
                 Ok(WaitStatus::Exited(pid, _)) => {
                     lock(&sessions).retain(|_, s| s.pid != pid.as_raw());
                     // A session, or the init of a process that has ended.
+                    take_over::clean_up(&run_dir);
                     rundir::prune(&run_dir);
                     cgroup::sweep();
                 }

@@ -383,7 +383,24 @@ fn read_status(dir: &Path) -> Option<Status> {
         status.pid = None;
         why.trim().clone_into(&mut status.detail);
     }
+    if matches!(&*status.phase, "prepare" | "drain" | "waiting") && is_unattended(dir) {
+        let again = format!(
+            "nobody is at work on it: `slipstream recover {}`, or start an agent",
+            status.id
+        );
+        if status.phase == "drain" {
+            status.phase = "waiting".into();
+        }
+        let said = std::mem::take(&mut status.detail);
+        status.detail = if said.is_empty() { again } else { format!("{said}; {again}") };
+    }
     Some(status)
+}
+
+/// Whether the session that worked in a folder is no more.
+fn is_unattended(dir: &Path) -> bool {
+    fs::File::open(dir.join(LOCK))
+        .is_ok_and(|file| Flock::lock(file, FlockArg::LockSharedNonblock).is_ok())
 }
 
 /// The status of a process that runs here although its session, killed, never said so: whoever looks for it must find it.
@@ -405,7 +422,7 @@ fn not_yet_said(dir: &Path) -> Option<Status> {
 const EXITS_MAX: usize = 100;
 
 /// For a source to hear how its migration ended.
-const TELL_MAX: Duration = Duration::from_secs(24 * 3600);
+const TELL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Removes the folders of moved processes that have ended, but for the newest: nobody else would.
 pub fn prune(run_dir: &Path) {

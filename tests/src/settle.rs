@@ -34,6 +34,11 @@ pub fn assert_settles(hosts: &Hosts, program: &Program, what: &str) {
     wait::until(&format!("{what}: exactly one copy"), Duration::from_secs(20), || {
         (runs(program.pid) != is_there(program)).then_some(())
     });
+    if runs(program.pid) {
+        let maps = crate::process::proc_file(program.pid, "maps");
+        // What a session has code of its own in.
+        assert!(!maps.contains(" rwxs "), "{what}: scratch memory is left in it:\n{maps}");
+    }
     program.tell();
     wait::until(&format!("{what}: a verdict"), wait::LIMIT, || {
         (program.verdict() != Verdict::None).then_some(())

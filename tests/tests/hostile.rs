@@ -112,6 +112,34 @@ fn replayed_and_mutilated_migrations() {
     assert_well(&hosts, &agent);
 }
 
+/// Somebody who has seen where the lanes of a migration go, but has no key, interrupts nothing.
+#[test]
+fn strangers_at_a_drain() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let proxy = Proxy::start(&hosts, agent.address);
+    let program = Program::start(&hosts, Build::dynamic("anon"), &[]);
+    let migration = Migration::start(&hosts, program.pid, &proxy.destination(), |command| {
+        command.args(["--prefetch-limit", "15"]);
+    });
+    let moved = migration.wait_resumed();
+    let lanes = proxy.recordings();
+    assert!(lanes.len() > 1, "no lane was recorded");
+    for lane in &lanes[1..] {
+        // The preamble alone, a whole recording, and garbage after the preamble.
+        for opening in [&lane[..32], &lane[..], &[&lane[..32], &garbage(1, 300)].concat()] {
+            send(&hosts, &agent, opening, Duration::from_millis(50));
+        }
+    }
+    assert!(!migration.ended(), "it was over before the strangers were gone");
+    let outcome = migration.wait();
+    outcome.assert_completed();
+    assert!(outcome.event("note").is_none(), "{outcome:#?}");
+    program.tell();
+    moved.wait_end(wait::LIMIT);
+    program.assert_ok();
+}
+
 /// Strangers who connect and say nothing don't keep others out, and are shown the door.
 #[test]
 fn silent_strangers() {

@@ -113,6 +113,22 @@ fn source_lost_waits_until_aborted() {
     assert_eq!(code, Some(code::REFUSED), "there is nothing left to give up: {said}");
 }
 
+/// Whoever was ending a process whose source is lost was killed after it had noted so: the next agent finishes that.
+#[test]
+fn half_ended() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent();
+    let Slow { proxy, moved, id, .. } = slow(&hosts, &agent);
+    lose_source(&hosts, &proxy);
+    agent.kill();
+    let folder = hosts.run_dir(Side::Destination).join(format!("destination-{id}"));
+    std::fs::write(folder.join("lost"), "given up here").expect("the note");
+    assert!(!moved.ended());
+    let _again = hosts.agent();
+    moved.wait_end(LIMIT);
+    assert_lost(&hosts, Side::Destination, &id, "given up here");
+}
+
 /// `abort` at the destination before the commit: the process never runs there, and goes on at home.
 #[test]
 fn aborted_at_the_destination_before_the_commit() {

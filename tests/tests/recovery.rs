@@ -188,6 +188,27 @@ fn everything_at_the_destination_killed() {
     finish(&program, &moved);
 }
 
+/// Everything there is killed when all pages have come, but the source does not know: `recover` sees to that before it ends.
+#[test]
+fn killed_before_the_source_was_told() {
+    let hosts = Hosts::two();
+    let agent = hosts.agent_with(|command| {
+        command.env("SLIPSTREAM_KILL_AT", "destination-noted");
+    });
+    let program = Program::start(&hosts, Build::dynamic("drain_touch"), &[]);
+    let migration = hosts.migrate(&program, &agent);
+    let id = id_of(&migration);
+    let moved = migration.wait_resumed();
+    let sessions = || processes(&hosts, Side::Destination, &["slipstream-dst"]);
+    let [session] = &sessions()[..] else { panic!("not one session") };
+    wait::until("the session to be killed", LIMIT, || session.ended().then_some(()));
+    agent.kill();
+    recover(&hosts, Side::Destination, &id);
+    program.assert_source_dropped();
+    migration.wait().assert_completed();
+    finish(&program, &moved);
+}
+
 /// The same before the session had said anything of the process that it let go.
 #[test]
 fn killed_before_its_first_status() {
@@ -245,6 +266,9 @@ fn source_session_killed() {
     kill(&hosts, Side::Source, &["slipstream-src"]);
     std::thread::sleep(Duration::from_secs(1));
     assert_stopped(&program);
+    let status = hosts.status(Side::Source, &id);
+    assert_eq!(status["phase"], "waiting", "{status}");
+    assert!(status["detail"].as_str().is_some_and(|d| d.contains("recover")), "{status}");
     recover(&hosts, Side::Source, &id);
     program.assert_source_dropped();
     finish(&program, &moved);

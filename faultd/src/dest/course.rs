@@ -19,8 +19,9 @@ use slipstream_core::restore::engine::TimedThread;
 use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::{poll, task};
-use slipstream_transport::{PageLane, Receiver, Sender};
+use slipstream_transport::{Channel, Key, PageLane, Purpose, Receiver, Sender, Timeouts};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -50,6 +51,8 @@ pub struct Link<'a> {
     pub receiver: &'a mut Receiver,
     /// From the agent.
     pub newcomers: &'a UnixStream,
+    /// Of the source.
+    pub key: &'a Key,
 }
 
 /// A drain, and all that is needed to finish it.
@@ -135,6 +138,7 @@ impl Course<'_> {
         receive_present_map(link.receiver, &self.drain, manifest, self.rdma.as_ref())?;
         let (mut reported, mut looked, mut seen) = (Instant::now(), Instant::now(), 0);
         let mut short_of_memory = false;
+        let mut door = Door::default();
         while !self.drain.complete() {
             if let Some(e) = self.drain.take_failure() {
                 return Err(e);
@@ -152,9 +156,7 @@ impl Course<'_> {
                 }
                 let figures: Figures = self.drain.figures();
                 say_to_source(link.sender, DestinationMessage::Progress(figures))?;
-                if poll::readable(link.newcomers, Duration::ZERO).unwrap_or(false)
-                    && has_newcomer(link.newcomers)
-                {
+                if door.has_let_in(link) {
                     return Err(Error::Protocol("the source came back by another way".into()));
                 }
             }
@@ -297,11 +299,39 @@ fn note_bye(dir: &MigrationDir) {
     }
 }
 
-/// True when the agent has handed something over; false when it has ended, which is no reason to end.
-fn has_newcomer(newcomers: &UnixStream) -> bool {
+/// Connections that the agent hands over while a drain goes on: of the source, whose own connection has broken without
+/// our knowing, or of anybody who has seen the route go by.
+#[derive(Default)]
+struct Door {
+    /// Whether the one at the door has shown that it holds the key. Others wait for that.
+    handshake: Option<JoinHandle<bool>>,
+}
+
+impl Door {
+    /// True once the source has come back. Asks no more than one handshake at a time, elsewhere: a stranger may take its time.
+    fn has_let_in(&mut self, link: &Link<'_>) -> bool {
+        if let Some(handshake) = self.handshake.take_if(|handshake| handshake.is_finished()) {
+            return handshake.join().unwrap_or(false);
+        }
+        if self.handshake.is_none()
+            && poll::readable(link.newcomers, Duration::ZERO).unwrap_or(false)
+            && let Some(connection) = newcomer(link.newcomers)
+        {
+            let key = link.key.clone();
+            self.handshake = Some(std::thread::spawn(move || {
+                let accepted = Channel::accept(connection, &key, Timeouts::default());
+                accepted.is_ok_and(|channel| channel.purpose() == Purpose::Control)
+            }));
+        }
+        false
+    }
+}
+
+/// What the agent has handed over; `None` when it has ended, which is no reason to end.
+fn newcomer(newcomers: &UnixStream) -> Option<OwnedFd> {
     let mut byte = [0u8; 1];
-    slipstream_core::sys::spawn::recv_descriptors(newcomers, &mut byte)
-        .is_ok_and(|(_, fds)| !fds.is_empty())
+    let (_, fds) = slipstream_core::sys::spawn::recv_descriptors(newcomers, &mut byte).ok()?;
+    fds.into_iter().next()
 }
 
 fn join(threads: Vec<JoinHandle<()>>) {

@@ -28,16 +28,25 @@ pub fn waiting(run_dir: &Path, id: &str) -> Option<MigrationDir> {
     (runs && init_of(&dir).is_some() && !over.iter().any(|f| dir.file(f).exists())).then_some(dir)
 }
 
+/// Whether something of the moved process is there: itself, or what it has forked.
+pub fn has_init(run_dir: &Path, id: &str) -> bool {
+    let name = std::fs::read_to_string(rundir::destination_file(run_dir, id, rundir::INIT));
+    name.is_ok_and(|name| init_named(&name).is_some())
+}
+
 fn init_of(dir: &MigrationDir) -> Option<PidFd> {
-    let name = String::from_utf8(dir.read(rundir::INIT).ok()??).ok()?;
-    let init = PidFd::open(rundir::named_process(&name)?).ok()?;
+    init_named(&String::from_utf8(dir.read(rundir::INIT).ok()??).ok()?)
+}
+
+fn init_named(name: &str) -> Option<PidFd> {
+    let init = PidFd::open(rundir::named_process(name)?).ok()?;
     // The number may have passed to another process between the two.
     (rundir::full_name(init.pid()).ok()? == name).then_some(init)
 }
 
 /// Ends a process, and what it has forked, and notes why.
 pub fn end(dir: &MigrationDir, why: &str) {
-    // First, so that who sees it end can see why. A full disk must not keep it hanging.
+    // First, so that who sees it end can see why, and whoever comes next can finish it. A full disk must not keep it hanging.
     if let Err(e) = dir.write(rundir::LOST, why.as_bytes()) {
         tracing::warn!("{e}");
     }
@@ -59,6 +68,15 @@ pub fn end(dir: &MigrationDir, why: &str) {
     if let Some(init) = init_of(dir) {
         debug_assert_eq!(init.pid(), pid);
         let _ = init.kill(libc::SIGKILL);
+    }
+}
+
+/// Goes on where somebody was killed who had noted that the process is lost, but had not ended it yet.
+pub fn finish_end(dir: &MigrationDir) {
+    if let Ok(Some(why)) = dir.read(rundir::LOST)
+        && init_of(dir).is_some()
+    {
+        end(dir, &String::from_utf8_lossy(&why));
     }
 }
 

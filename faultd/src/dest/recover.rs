@@ -3,6 +3,7 @@
 
 use crate::agent::{self, AgentConfig};
 use crate::carrier::Carrier;
+use crate::dest::lost;
 use crate::error::{Error, Result};
 use crate::events::{self, Event, Progress, Role};
 use crate::protocol::Completed;
@@ -52,7 +53,10 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
             return Err(Error::Lost);
         }
         let over = rundir::completed(run_dir, id);
-        if over.is_some() || status.phase == "exited" {
+        let ended = over.is_some() || status.phase == "exited" && !lost::has_init(run_dir, id);
+        // Where no other agent lets the source in, it has to hear so from this one: its copy waits for that.
+        if ended && (agent.is_none() || rundir::destination_file(run_dir, id, rundir::BYE).exists())
+        {
             let exited = status.phase == "exited";
             let done = over.and_then(|bytes| Completed::decode(&*bytes).ok()).unwrap_or_default();
             let total_us = started.elapsed().as_micros() as u64;

@@ -47,6 +47,9 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 const FROZEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two looks at both connections while lanes are awaited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Of a lane. Short, for a stranger's keeps the source waiting.
+const LANE_TIMEOUTS: Timeouts =
+    Timeouts { connect: Duration::from_secs(3), handshake: Duration::from_secs(3) };
 const CLOCK_PROBES: usize = 5;
 const BULK_LANES_MAX: u32 = 4;
 
@@ -379,8 +382,12 @@ impl Session<'_> {
                 tracing::warn!("{e}");
             }
         });
-        let mut link =
-            Link { sender: &mut self.sender, receiver: &mut self.receiver, newcomers: &self.lanes };
+        let mut link = Link {
+            sender: &mut self.sender,
+            receiver: &mut self.receiver,
+            newcomers: &self.lanes,
+            key: &self.key,
+        };
         course.run(&mut link, faults, lanes.bulk, &timed)
     }
 }
@@ -398,18 +405,27 @@ pub struct Lanes<'a> {
 
 impl Lanes<'_> {
     /// Takes the lanes that the agent hands over, in whatever order they come.
+    /// Connections of strangers are dropped.
     pub fn accept(
         &self,
         bulk_lanes: u32,
         receiver: &mut Receiver,
     ) -> Result<(Channel, Vec<Channel>)> {
-        let (mut urgent, mut bulk) = (None, Vec::new());
+        let (mut urgent, mut bulk, until) = (None, Vec::new(), Instant::now() + STEP_TIMEOUT);
         while urgent.is_none() || bulk.len() < bulk_lanes as usize {
-            let channel =
-                Channel::accept(self.next_lane(receiver)?, self.key, Timeouts::default())?;
-            if channel.route() != self.route {
-                return Err(Error::Protocol("a lane for another session".into()));
+            if Instant::now() > until {
+                return Err(Error::Protocol("no lanes in time".into()));
             }
+            let lane = self.next_lane(receiver)?;
+            let channel = match Channel::accept(lane, self.key, LANE_TIMEOUTS) {
+                Ok(channel) if channel.route() == self.route => channel,
+                // A stranger, who has seen the route go by.
+                Ok(_) => continue,
+                Err(e) => {
+                    tracing::debug!("no lane of ours: {e}");
+                    continue;
+                }
+            };
             match channel.purpose() {
                 Purpose::Urgent if urgent.is_none() => urgent = Some(channel),
                 Purpose::Bulk(_) if bulk.len() < bulk_lanes as usize => bulk.push(channel),

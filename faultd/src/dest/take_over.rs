@@ -31,8 +31,8 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 /// For a session that was killed to be gone.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 const BULK_LANES_MAX: u32 = 4;
-/// A source that has not asked by then has been told, or has ended.
-const NEVER_KEPT: Duration = Duration::from_secs(24 * 3600);
+/// A source that has not asked by then has been told, or has ended. It stays stopped for as long as it can't ask.
+const NEVER_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// What the destination wishes the gate to say; what was decided first holds.
 pub fn wish(call: Call) -> u32 {
@@ -98,11 +98,12 @@ pub fn run(
         }
         return Ok(());
     }
-    let mut link = Link { sender, receiver, newcomers: lanes.socket };
+    let mut link = Link { sender, receiver, newcomers: lanes.socket, key: lanes.key };
     if rejoin.gone && init.is_some() && dir.read(rundir::COMPLETED)?.is_none() {
         lost::end(&dir, "its memory at the source was destroyed before the last page had left");
     }
     if let Some(why) = rundir::lost(&args.run_dir, id) {
+        lost::finish_end(&dir);
         let lost = Outcome { run: true, lost: why, ..Outcome::default() };
         return say_to_source(link.sender, DestinationMessage::Outcome(lost));
     }
@@ -164,12 +165,13 @@ fn find(init: i32) -> Result<Option<(Holdings, crate::dest::held::Found)>> {
 }
 
 /// Settles what sessions that were killed before the decision have left: the copy here never runs. The
-/// folder stays as the record of that, for the source may ask; for a day.
+/// folder stays as the record of that, for the source may ask; for a month.
 pub fn clean_up(run_dir: &Path) {
     for id in rundir::destinations(run_dir) {
         let Ok(dir) = MigrationDir::open(run_dir, Role::Destination, &id, Duration::ZERO) else {
             continue; // A session is at work there.
         };
+        lost::finish_end(&dir);
         let Ok(gate) = Gate::open(&dir.file(rundir::GATE)) else { continue };
         if gate.decide(wish(Call::GiveUp)) != gate::NEVER {
             continue;

@@ -20,10 +20,12 @@ use crate::source::cost::Meter;
 use crate::source::figures::{completed, progress};
 use crate::source::gone;
 use crate::source::page_server::{PageServers, send_present_map};
+use crate::source::presend::freeze_outside;
 use crate::source::rdma::{Registering, Registration, SharedSender};
 use crate::source::record::Record;
 use slipstream_core::capture::frozen_memory::FrozenMemory;
 use slipstream_core::inject::SourceScratch;
+use slipstream_core::proc::claim::Claim;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::task;
 use slipstream_transport::rdma::Source;
@@ -39,6 +41,8 @@ const SILENCE_MIN: Duration = Duration::from_secs(10);
 /// Pause before a connection is tried again: the first, and the longest.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// For a thread of the process to be stopped for a moment.
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connections to the destination's session.
 #[derive(Debug)]
@@ -98,6 +102,9 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
     let journal = commit::journal(&dir)?;
     let (Some(record), Journal::Committing | Journal::Committed) = (Record::read(&dir)?, journal)
     else {
+        if let Some(pid) = rundir::list(run_dir)?.iter().find(|s| s.id == id).and_then(|s| s.pid) {
+            clear_away(pid);
+        }
         dir.remove();
         sink(Event::Failed(events::Failed {
             phase: "recover".into(),
@@ -126,6 +133,21 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
         record,
     };
     after.run(None)
+}
+
+/// Takes what a killed session had mapped out of a process that runs on here. Of another session it is not: that has a claim.
+fn clear_away(pid: i32) {
+    let Ok(Some(_claim)) = Claim::take(pid) else { return };
+    let cleared = SourceScratch::left_in(pid).map_err(Error::from).and_then(|left| {
+        let Some(scratch) = left else { return Ok(()) };
+        // A thread may be on its way out of it yet; none enters it any more.
+        freeze_outside(pid, Some(&scratch.range()), CLEAR_TIMEOUT)?.thaw()?;
+        Ok(scratch.unmap(CLEAR_TIMEOUT)?)
+    });
+    match cleared {
+        Ok(()) | Err(Error::Core(slipstream_core::Error::Gone { .. })) => {}
+        Err(e) => tracing::warn!("scratch memory stays mapped in process {pid}: {e}"),
+    }
 }
 
 fn connect(

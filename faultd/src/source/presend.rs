@@ -185,7 +185,7 @@ fn last_word(error: Error, receiver: &mut Receiver) -> Error {
 }
 
 /// Freezes the process while no thread is inside `avoid`; a thread that is there leaves it at once.
-fn freeze_outside(pid: i32, avoid: Option<&Range<u64>>, timeout: Duration) -> Result<Frozen> {
+pub fn freeze_outside(pid: i32, avoid: Option<&Range<u64>>, timeout: Duration) -> Result<Frozen> {
     let deadline = Instant::now() + timeout;
     loop {
         let frozen = Frozen::freeze(pid, timeout)?;
