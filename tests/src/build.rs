@@ -66,6 +66,17 @@ pub fn slipstream() -> PathBuf {
     path
 }
 
+/// The steps before the commit at which a session can be made to fail, as the binary lists them.
+pub fn fail_points() -> Vec<String> {
+    let output = Command::new(slipstream()).arg("fail-points").output().expect("slipstream");
+    assert!(
+        output.status.success(),
+        "slipstream fail-points: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
+}
+
 fn sources() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/programs"))
 }

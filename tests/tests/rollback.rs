@@ -9,24 +9,11 @@ use slipstream_tests::compare::Untouched;
 use slipstream_tests::migration::code;
 use slipstream_tests::process::status_field;
 use slipstream_tests::proxy::Proxy;
-use slipstream_tests::{Build, Hosts, Migration, Program, Side, wait};
+use slipstream_tests::{Build, Hosts, Migration, Program, Side, build, wait};
 
 /// Between them: registers in user mode and in a call, waits, pending signals, descriptors with data, timers, memory.
 const PROGRAMS: [&str; 6] =
     ["registers", "waits_endless", "pending_signals", "pipes", "posix_timers", "anon"];
-
-fn fail_points() -> Vec<String> {
-    let output = std::process::Command::new(slipstream_tests::build::slipstream())
-        .arg("fail-points")
-        .output()
-        .expect("slipstream");
-    assert!(
-        output.status.success(),
-        "slipstream fail-points: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
-}
 
 /// No copy may be left that could ever run.
 fn assert_destination_empty(hosts: &Hosts, agent: i32) {
@@ -65,7 +52,7 @@ fn fails_at(point: &str, name: &'static str) {
 
 #[test]
 fn every_step_can_fail() {
-    let points = fail_points();
+    let points = build::fail_points();
     assert!(points.len() >= 8, "only {} steps can fail: {points:?}", points.len());
     for (number, point) in points.iter().enumerate() {
         // Each step with two of the programs, in turns; all of them if asked for.
@@ -83,7 +70,7 @@ fn every_step_can_fail() {
 /// A failed attempt leaves nothing behind that would disturb the next.
 #[test]
 fn moves_after_a_rollback() {
-    let point = fail_points().pop().expect("a step that can fail");
+    let point = build::fail_points().pop().expect("a step that can fail");
     let hosts = Hosts::two();
     let agent = hosts.agent();
     let program = Program::start(&hosts, Build::dynamic("pipes"), &[]);
