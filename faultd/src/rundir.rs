@@ -324,10 +324,18 @@ pub fn by_route(run_dir: &Path, route: &str) -> Option<String> {
 /// any other death.
 pub fn end_destination_session(run_dir: &Path, id: &str) {
     let path = destination_file(run_dir, id, SESSION);
-    if let Some(pid) = session_pid(&path, b"__destination-session")
+    if let Some(pid) = session_pid(&path, subcommand(Role::Destination))
         && pid != nix::unistd::getpid()
     {
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// Of its command line, what a session is known by.
+fn subcommand(role: Role) -> &'static [u8] {
+    match role {
+        Role::Source => b"__source-session",
+        Role::Destination => b"__destination-session",
     }
 }
 
@@ -362,7 +370,7 @@ pub fn interrupt_session(run_dir: &Path, id: &str) -> Result<()> {
         reason: format!("the session of migration {id} is gone"),
         remedy: String::new(),
     };
-    let pid = session_pid(&path, b"__source-session").ok_or_else(gone)?;
+    let pid = session_pid(&path, subcommand(Role::Source)).ok_or_else(gone)?;
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)
         .map_err(|e| Error::io("interrupt the session", e.into()))
 }
@@ -383,7 +391,8 @@ fn read_status(dir: &Path) -> Option<Status> {
         status.pid = None;
         why.trim().clone_into(&mut status.detail);
     }
-    if matches!(&*status.phase, "prepare" | "drain" | "waiting") && is_unattended(dir) {
+    if matches!(&*status.phase, "prepare" | "drain" | "waiting") && is_unattended(dir, status.role)
+    {
         let again = format!(
             "nobody is at work on it: `slipstream recover {}`, or start an agent",
             status.id
@@ -397,10 +406,9 @@ fn read_status(dir: &Path) -> Option<Status> {
     Some(status)
 }
 
-/// Whether the session that worked in a folder is no more.
-fn is_unattended(dir: &Path) -> bool {
-    fs::File::open(dir.join(LOCK))
-        .is_ok_and(|file| Flock::lock(file, FlockArg::LockSharedNonblock).is_ok())
+/// Whether the session that worked in a folder is no more. Its lock is not tried: whoever does so keeps others from it.
+fn is_unattended(dir: &Path, role: Role) -> bool {
+    session_pid(&dir.join(SESSION), subcommand(role)).is_none()
 }
 
 /// The status of a process that runs here although its session, killed, never said so: whoever looks for it must find it.
