@@ -24,7 +24,7 @@ use crate::source::presend::freeze_outside;
 use crate::source::rdma::{Registering, Registration, SharedSender};
 use crate::source::record::Record;
 use slipstream_core::capture::frozen_memory::FrozenMemory;
-use slipstream_core::inject::SourceScratch;
+use slipstream_core::inject::{SourceScratch, is_parked};
 use slipstream_core::proc::claim::Claim;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::task;
@@ -102,9 +102,7 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
     let journal = commit::journal(&dir)?;
     let (Some(record), Journal::Committing | Journal::Committed) = (Record::read(&dir)?, journal)
     else {
-        if let Some(pid) = rundir::list(run_dir)?.iter().find(|s| s.id == id).and_then(|s| s.pid) {
-            clear_away(pid);
-        }
+        clear_away(run_dir, id)?;
         dir.remove();
         sink(Event::Failed(events::Failed {
             phase: "recover".into(),
@@ -135,9 +133,16 @@ pub fn recover(run_dir: &Path, id: &str, sink: &mut dyn FnMut(Event)) -> Result<
     after.run(None)
 }
 
-/// Takes what a killed session had mapped out of a process that runs on here. Of another session it is not: that has a claim.
-fn clear_away(pid: i32) {
-    let Ok(Some(_claim)) = Claim::take(pid) else { return };
+/// Takes what a killed session had mapped out of a process that runs on here. It is left alone where it may be the copy that
+/// another migration has stopped: one with a session has a claim, one without a folder.
+fn clear_away(run_dir: &Path, id: &str) -> Result<()> {
+    let all = rundir::list(run_dir)?;
+    let mut here = all.iter().filter(|s| s.role == Role::Source);
+    let Some(pid) = here.clone().find(|s| s.id == id).and_then(|s| s.pid) else { return Ok(()) };
+    if here.any(|s| s.id != id && s.pid == Some(pid)) || is_parked(pid).unwrap_or(true) {
+        return Ok(());
+    }
+    let Ok(Some(_claim)) = Claim::take(pid) else { return Ok(()) };
     let cleared = SourceScratch::left_in(pid).map_err(Error::from).and_then(|left| {
         let Some(scratch) = left else { return Ok(()) };
         // A thread may be on its way out of it yet; none enters it any more.
@@ -148,6 +153,7 @@ fn clear_away(pid: i32) {
         Ok(()) | Err(Error::Core(slipstream_core::Error::Gone { .. })) => {}
         Err(e) => tracing::warn!("scratch memory stays mapped in process {pid}: {e}"),
     }
+    Ok(())
 }
 
 fn connect(
