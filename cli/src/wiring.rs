@@ -139,7 +139,11 @@ impl Engine for Wired {
                 None if status.pid.is_some_and(is_alive) => {
                     return Ok(format!("migration {id} was given up; the process runs on here"));
                 }
-                None => return Err(too_late(id)),
+                None => {
+                    let reason = format!("the process of migration {id} is not here any more");
+                    let remedy = "it has moved, and is moved back from there; or it has ended";
+                    return Err(Failed { reason, remedy: remedy.into(), ..too_late(id) });
+                }
                 Some(s) if s.phase != "prepare" => return Err(past_commit(&s)),
                 Some(_) => std::thread::sleep(Duration::from_millis(20)),
             }

@@ -17,7 +17,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Follows a drain to its end; serves as the agent where none does.
 pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Event)) -> Result<()> {
     let started = Instant::now();
-    let mut agent = None;
+    let (mut agent, mut noted) = (None, false);
     if let Some((listen, key)) = rundir::dead_agent(run_dir)? {
         let (run_dir, carrier) = (run_dir.to_owned(), Carrier::default());
         let config = AgentConfig { listen, key, run_dir, carrier, exe, source_lost: None };
@@ -55,8 +55,12 @@ pub fn recover(run_dir: &Path, id: &str, exe: PathBuf, sink: &mut dyn FnMut(Even
         let over = rundir::completed(run_dir, id);
         let ended = over.is_some() || status.phase == "exited" && !lost::has_init(run_dir, id);
         // Where no other agent lets the source in, it has to hear so from this one: its copy waits for that.
-        if ended && (agent.is_none() || rundir::destination_file(run_dir, id, rundir::BYE).exists())
-        {
+        let told = agent.is_none() || rundir::destination_file(run_dir, id, rundir::BYE).exists();
+        if ended && !told && !std::mem::replace(&mut noted, true) {
+            let text = "nothing is missing here; waiting for the source to come and hear so".into();
+            sink(Event::Note(events::Note { text }));
+        }
+        if ended && told {
             let exited = status.phase == "exited";
             let done = over.and_then(|bytes| Completed::decode(&*bytes).ok()).unwrap_or_default();
             let total_us = started.elapsed().as_micros() as u64;
