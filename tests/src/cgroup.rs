@@ -3,7 +3,7 @@
 //! Of a hierarchy of the tests' own, for Slipstream moves its processes from group to group of the unified one.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::process::{Pidfd, describe};
@@ -25,16 +25,24 @@ pub fn sweep() {
 /// A control group by its name; whoever has the name may ask for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
+    hierarchy: PathBuf,
     name: String,
 }
 
 impl Cgroup {
-    /// `None` if that can't be the name of one of ours: it comes from another host.
+    /// One of the tests' hierarchy; `None` if that can't be the name of one of ours: it comes from another host.
     pub fn named(name: &str) -> Option<Self> {
         let sound = name.starts_with("slipstream-test-")
             && name.len() < 100
             && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        sound.then(|| Self { name: name.to_owned() })
+        sound.then(|| Self { hierarchy: HIERARCHY.into(), name: name.to_owned() })
+    }
+
+    /// Makes one of another hierarchy.
+    pub fn create(hierarchy: &Path, name: &str) -> io::Result<Self> {
+        let group = Self { hierarchy: hierarchy.to_owned(), name: name.to_owned() };
+        std::fs::create_dir(group.path())?;
+        Ok(group)
     }
 
     /// Its name.
@@ -42,8 +50,9 @@ impl Cgroup {
         &self.name
     }
 
-    fn path(&self) -> PathBuf {
-        PathBuf::from(HIERARCHY).join(&self.name)
+    /// Its folder.
+    pub fn path(&self) -> PathBuf {
+        self.hierarchy.join(&self.name)
     }
 
     /// Makes it if it isn't there, and opens the file to which a process writes `0` to enter.

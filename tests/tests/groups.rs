@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use slipstream_tests::process::{Pidfd, proc_file};
+use slipstream_tests::cgroup::Cgroup;
+use slipstream_tests::process::proc_file;
 use slipstream_tests::{Build, Hosts, Migration, Moved, Program, Side, skipped, wait};
 
 /// Where a hierarchy of control groups is mounted whose type and options are as wanted.
@@ -21,45 +22,23 @@ fn unified_hierarchy() -> Option<PathBuf> {
 }
 
 /// A control group of the test's own; its processes end, and it is removed, on drop.
-struct Group(PathBuf);
+struct Group(Cgroup);
 
 impl Group {
     fn create(hierarchy: &Path, hosts: &Hosts) -> Result<Self, String> {
         let name = format!("slipstream-test-{}-{}", std::process::id(), hosts.unique("group"));
-        let path = hierarchy.join(name);
-        fs::create_dir(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok(Self(path))
+        Cgroup::create(hierarchy, &name).map(Self).map_err(|e| format!("{name}: {e}"))
     }
 
     fn write(&self, file: &str, text: &str) {
-        let path = self.0.join(file);
+        let path = self.0.path().join(file);
         fs::write(&path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    }
-
-    fn pids(&self) -> Vec<i32> {
-        let text = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
-        text.lines().filter_map(|line| line.parse().ok()).collect()
-    }
-
-    fn end_all(&self) {
-        wait::until("a control group to be empty", wait::LIMIT, || {
-            for process in self.pids().into_iter().filter_map(Pidfd::open) {
-                process.signal(libc::SIGKILL);
-            }
-            self.pids().is_empty().then_some(())
-        });
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        for process in self.pids().into_iter().filter_map(Pidfd::open) {
-            process.signal(libc::SIGKILL);
-        }
-        while !self.pids().is_empty() {
-            std::thread::sleep(wait::PAUSE);
-        }
-        let _ = fs::remove_dir(&self.0);
+        self.0.end();
     }
 }
 
@@ -72,7 +51,7 @@ fn memory_group(hosts: &Hosts) -> Result<(Group, &'static str), String> {
     }
     let place = unified_hierarchy().ok_or("no hierarchy of control groups is mounted")?;
     let group = Group::create(&place, hosts)?;
-    if group.0.join("memory.max").exists() {
+    if group.0.path().join("memory.max").exists() {
         return Ok((group, "memory.max"));
     }
     Err(format!("{} has no memory controller for its groups", place.display()))
@@ -103,7 +82,7 @@ fn move_into<'a>(hosts: &'a Hosts, program: Program<'a>, group: &Group, file: &s
 
 /// Has the kernel kill nobody when the group has no memory left.
 fn forbid_kill(group: &Group, program: &Program<'_>) -> Result<(), String> {
-    let of_group = group.0.join("memory.oom_control");
+    let of_group = group.0.path().join("memory.oom_control");
     if of_group.exists() {
         return fs::write(&of_group, "1").map_err(|e| format!("{}: {e}", of_group.display()));
     }
@@ -179,7 +158,7 @@ fn service_killed_as_a_whole() {
     assert!(own.is_dir(), "{} is missing", own.display());
     let groups = proc_file(moved.pid, "cgroup");
     assert!(groups.lines().any(|line| line == format!("0::/slipstream/{id}")), "{groups}");
-    service.end_all();
+    service.0.end();
     wait::until("the agent to end", wait::LIMIT, || (!agent.alive()).then_some(()));
     migration.wait().assert_completed();
     program.assert_source_dropped();
