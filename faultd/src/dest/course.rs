@@ -7,7 +7,6 @@ use crate::dest::held::Account;
 use crate::dest::limit::Limit;
 use crate::dest::present::receive_present_map;
 use crate::dest::rdma::Watch;
-use crate::dest::session::ROUTE_TIMEOUTS;
 use crate::dest::{bulk, finish};
 use crate::error::{Error, Result};
 use crate::events::{Role, Status};
@@ -20,7 +19,7 @@ use slipstream_core::restore::engine::TimedThread;
 use slipstream_core::restore::settle::settle_timed;
 use slipstream_core::sys::pidfd::PidFd;
 use slipstream_core::sys::{poll, task};
-use slipstream_transport::{Channel, Key, PageLane, Purpose, Receiver, Sender};
+use slipstream_transport::{Channel, Key, PageLane, Purpose, Receiver, Sender, Timeouts};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -320,7 +319,7 @@ impl Door {
         {
             let key = link.key.clone();
             self.handshake = Some(std::thread::spawn(move || {
-                let accepted = Channel::accept(connection, &key, ROUTE_TIMEOUTS);
+                let accepted = Channel::accept(connection, &key, Timeouts::default());
                 accepted.is_ok_and(|channel| channel.purpose() == Purpose::Control)
             }));
         }

@@ -47,9 +47,6 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 const FROZEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two looks at both connections while lanes are awaited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// For a handshake at a route. Short, for a stranger's keeps the source waiting; its own time-out is twice that.
-pub const ROUTE_TIMEOUTS: Timeouts =
-    Timeouts { connect: Duration::from_secs(5), handshake: Duration::from_secs(5) };
 const CLOCK_PROBES: usize = 5;
 const BULK_LANES_MAX: u32 = 4;
 
@@ -417,7 +414,7 @@ impl Lanes<'_> {
                 return Err(Error::Protocol("no lanes in time".into()));
             }
             let lane = self.next_lane(receiver)?;
-            let channel = match Channel::accept(lane, self.key, ROUTE_TIMEOUTS) {
+            let channel = match Channel::accept(lane, self.key, Timeouts::default()) {
                 Ok(channel) if channel.route() == self.route => channel,
                 // A stranger, who has seen the route go by.
                 Ok(_) => continue,
